@@ -22,9 +22,9 @@ def summarise(junit_xml: str) -> dict[str, Any]:
     """Counts, wall seconds, failures and the slowest tests of one pytest run."""
     root = ET.fromstring(junit_xml)
     suites = [root] if root.tag == "testsuite" else root.findall("testsuite")
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    }
+    tests, failures, errors, skipped = (
+        sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    )
     cases = [
         (f"{case.get('classname', '')}::{case.get('name', '')}", float(case.get("time", 0)), case)
         for suite in suites
