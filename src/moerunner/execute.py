@@ -1,0 +1,260 @@
+"""A plan as functions: every verb of the runner, bound once to the plan's steps, so that nothing is decided while it runs.
+
+A verb that the plan does not have is the identity. Reductions and selections that the plan inserted run with the verb they
+stand before. Values between experts and the end are in float32 (float64 for float64 tokens) and are rounded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moerunner.errors import PlanError, SpecError
+from moerunner.experts.base import ExpertsCall
+from moerunner.experts.functional import check_ids
+from moerunner.experts.registry import get
+from moerunner.ops.activation import rms_norm
+from moerunner.ops.precision import linear, wide
+from moerunner.ops.route import gate_logits, route
+from moerunner.parallel import allgather, alltoall, local
+from moerunner.parallel.comm import Comm
+from moerunner.parallel.pairs import Pair, SlotMap, Trip
+from moerunner.plan import Plan, Step
+from moerunner.shared import SharedExperts
+from moerunner.spec import Custom, Linear, RMSNorm, TransformSpec
+from moerunner.values import LayerWeights, TopK
+
+Unary = Callable[[Tensor, LayerWeights], Tensor]
+_PAIRS: dict[str, Pair] = {module.INFO.name: module for module in (local, allgather, alltoall)}  # type: ignore[misc]
+
+
+class Verbs:
+    """The functions of one plan on one rank."""
+
+    def __init__(self, plan: Plan, comm: Comm, slots: SlotMap) -> None:
+        self.plan, self.spec, self._comm, self._slots = plan, plan.spec, comm, slots
+        self.dtype = getattr(torch, plan.dtype)
+        dispatch = plan.step("dispatch")
+        assert dispatch is not None
+        self._pair = _PAIRS[dispatch.kernel]
+        self._backend = get(plan.backend)
+        self.input_transform, self.pad = self._chain("input_transform"), self._chain("pad")
+        self.row_norm, self.trim, self.scale = self._chain("row_norm"), self._chain("trim"), self._chain("scale")
+        self.output_transform = self._chain("output_transform")
+        self.final_transform = self._chain("final_transform", "out")
+        self._before_combine = self._chain("combine")
+        self._before_join = {value: self._chain("join", value) for value in ("routed", "shared", "zero")}
+        self._finish = self._chain("finish", "out")
+        self._experts_step, self._combine_step = self._only("experts"), self._only("combine")
+        self._scales_weights, self._route_name = self._only("route").scales, self._only("route").name
+        scale = plan.step("scale") or next((s for s in plan.steps if s.verb == "experts" and s.scales), None)
+        self._scale_name = scale.name if scale is not None else ""
+        adds_once = all(comm.coordinates[a] == 0 for a in self._experts_step.axes if a == "tp")
+        on_input = self.spec.routing.weights_on == "input"
+        self._call = ExpertsCall(
+            activation=self.spec.experts.activation,
+            input_weighting=on_input,
+            output="summed" if self._experts_step.sums else "rows",
+            down_bias=adds_once,
+        )
+        shared, zero = plan.step("shared"), plan.step("zero")
+        self._shared = None
+        if shared is not None and self.spec.shared is not None:
+            first = all(comm.coordinates[a] == 0 for a in shared.axes)
+            self._shared = SharedExperts(self.spec.shared, adds_bias=first)
+        self._zero_factor = None
+        if zero is not None:
+            self._zero_factor = self.spec.routed_scaling_factor if zero.scales else 1.0
+        self._adds_bias = all(comm.coordinates[a] == 0 for a in self._only("join").axes)
+
+    def _only(self, verb: str) -> Step:
+        step = self.plan.step(verb)
+        assert step is not None, verb
+        return step
+
+    def _chain(self, verb: str, value: str = "routed") -> Unary:
+        run = [self._unary(s) for s in self.plan.at(verb) if s.value == value and s.verb in _UNARY]
+        if not run:
+            return lambda y, w: y
+        if len(run) == 1:
+            return run[0]
+
+        def chain(y: Tensor, w: LayerWeights) -> Tensor:
+            for step in run:
+                y = step(y, w)
+            return y
+
+        return chain
+
+    def _unary(self, s: Step) -> Unary:
+        comm, spec = self._comm, self.spec
+        if s.verb == "pad":
+            return lambda y, w: F.pad(y, (0, s.width - y.shape[-1]))
+        if s.verb == "trim":
+            return lambda y, w: y[..., : s.width]
+        if s.verb == "scale":
+            return lambda y, w: y * spec.routed_scaling_factor
+        if s.verb == "select":
+            here = all(comm.coordinates[a] == 0 for a in s.axes)
+            return lambda y, w: y if here else torch.zeros_like(y)
+        if s.verb == "shard":
+            return lambda y, w: y.split(comm.layout.token_counts(y.shape[0]))[comm.index(s.axes)]
+        if s.verb == "reduce":
+            travels = getattr(torch, s.dtype)
+            if s.scatter:
+                return lambda y, w: wide(comm.reduce_scatter(y.to(travels), comm.layout.token_counts(y.shape[0]), s.axes))
+            return lambda y, w: wide(comm.all_reduce(y.to(travels), s.axes))
+        if s.verb == "row_norm":
+            norm = spec.experts.row_norm
+            assert norm is not None
+            return lambda y, w: rms_norm(y, w.experts[0].get("row_norm"), norm.eps)
+        return lambda y, w: _transform(s.verb, spec.transforms()[s.verb], y, w, self.dtype)
+
+    def route(
+        self,
+        x_TH: Tensor,
+        w: LayerWeights,
+        *,
+        topk: TopK | None = None,
+        router_logits: Tensor | None = None,
+        router_input: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> TopK:
+        """The gate and the routing rule; or what the caller brought, checked and with the factor where the plan wants it."""
+        spec = self.spec
+        if topk is not None:
+            return self._brought(topk, x_TH.shape[0])
+        routing = spec.routing
+        if routing.score == "external":
+            raise SpecError("the spec's router is external", where="route", next_step="Pass topk to the runner")
+        if router_logits is not None:
+            logits = router_logits.reshape(-1, router_logits.shape[-1])
+            if tuple(logits.shape) != (x_TH.shape[0], spec.num_logits):
+                wanted = [x_TH.shape[0], spec.num_logits]
+                raise SpecError(f"have shape {list(router_logits.shape)}, expected {wanted}", where="router_logits")
+        elif routing.simulate is not None:
+            logits = None
+        else:
+            seen = x_TH if router_input is None else router_input.reshape(-1, router_input.shape[-1])
+            if tuple(seen.shape) != (x_TH.shape[0], spec.hidden_size):
+                wanted = [x_TH.shape[0], spec.hidden_size]
+                raise SpecError(f"has shape {list(seen.shape)}, expected {wanted}", where="router_input")
+            if routing.input_transform is not None:
+                seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype)
+            logits = gate_logits(seen, w.tensors["gate"], w.tensors.get("gate_bias"), routing)
+        get = w.tensors.get
+        return route(
+            logits,
+            spec,
+            selection_bias=get("selection_bias"),
+            per_expert_scale=get("per_expert_scale"),
+            global_scale=get("global_scale"),
+            hash_table=get("hash_table"),
+            input_ids=_per_token("input_ids", input_ids, x_TH.shape[0]),
+            token_types=_per_token("token_types", token_types, x_TH.shape[0]),
+            num_tokens=x_TH.shape[0],
+            device=x_TH.device,
+            scale=self._scales_weights,
+        )
+
+    def _brought(self, topk: TopK, tokens: int) -> TopK:
+        spec = self.spec
+        ids, weights = topk.ids.reshape(-1, topk.ids.shape[-1]).to(torch.int64), topk.weights
+        if ids.shape[0] != tokens or weights.numel() != ids.numel():
+            what = f"ids {list(topk.ids.shape)} and weights {list(weights.shape)} do not fit {tokens} tokens"
+            raise SpecError(what, where="topk")
+        if self._shared is not None and self._shared.spec.gate == "router" and topk.shared_weights is None:
+            raise SpecError("shared experts are weighted by the router", where="topk", next_step="Pass shared_weights")
+        physical = topk.space == "physical"
+        check_ids(ids, self._slots.per_rank * len(self._slots.slots) if physical else spec.num_experts + spec.zero_experts)
+        if topk.scaled and self._scale_name:
+            what = "applies the routed scaling factor a second time, the weights that were passed hold it"
+            raise PlanError(what, first=f"topk (in place of {self._route_name})", second=self._scale_name)
+        weights, shared = wide(weights).reshape(ids.shape), topk.shared_weights
+        if self._scales_weights and not topk.scaled:
+            weights = weights * spec.routed_scaling_factor
+            shared = None if shared is None else shared * spec.routed_scaling_factor
+        return dataclasses.replace(topk, ids=ids, weights=weights, scaled=self._scales_weights, shared_weights=shared)
+
+    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Tensor | None:
+        """The shared experts on the caller's tokens."""
+        return None if self._shared is None else self._shared(x_TH, w.tensors, topk.shared_weights)
+
+    def zero(self, x_TH: Tensor, topk: TopK) -> Tensor | None:
+        """The identity experts: x times the weights of the slots that chose one."""
+        if self._zero_factor is None:
+            return None
+        share = torch.where(topk.ids >= self.spec.num_experts, topk.weights, 0).sum(-1, keepdim=True)
+        return wide(x_TH) * (share * self._zero_factor).to(wide(x_TH).dtype)
+
+    def dispatch(self, x_TH: Tensor, topk: TopK) -> tuple[Tensor, Trip]:
+        """The rows that this rank's experts run on, and how to come back."""
+        return self._pair.dispatch(x_TH, topk, self._slots, self._comm)
+
+    def experts(self, x_RH: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
+        """This rank's experts; each modality set takes the slots that are its own."""
+        if len(w.experts) == 1:
+            return self._backend.run(x_RH, trip.topk, w.experts[0], self._call)
+        total, first = None, 0
+        for experts in w.experts:
+            count = experts.num_experts
+            ids = trip.topk.ids - first
+            own = dataclasses.replace(trip.topk, ids=torch.where((ids >= 0) & (ids < count), ids, -1))
+            y = self._backend.run(x_RH, own, experts, self._call)
+            total, first = y if total is None else total + y, first + count
+        assert total is not None
+        return total
+
+    def combine(self, y: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
+        """Weighted, summed and back on the token's rank, as far as the experts and the pair have not done so."""
+        step = self._combine_step
+        y, travels = self._before_combine(y, w), getattr(torch, step.dtype or "float32")
+        return wide(self._pair.combine(y, trip, self._comm, weigh=step.weighs, dtype=travels))
+
+    def join(self, routed: Tensor, shared: Tensor | None, zero: Tensor | None, w: LayerWeights) -> Tensor:
+        """Routed, shared and zero experts, summed or averaged, and the output bias once."""
+        out = self._before_join["routed"](routed, w)
+        for name, value in (("shared", shared), ("zero", zero)):
+            if value is not None:
+                out = out + self._before_join[name](value, w)
+        if self.spec.join == "average":
+            out = out * 0.5
+        bias = w.tensors.get("output_bias")
+        return out if bias is None or not self._adds_bias else out + wide(bias)
+
+    def finish(self, out: Tensor, w: LayerWeights) -> Tensor:
+        """The last reduction or split, and one rounding to the tokens' dtype."""
+        return self._finish(out, w).to(self.dtype)
+
+
+_UNARY = {
+    "pad", "trim", "scale", "select", "shard", "reduce", "row_norm", "input_transform", "output_transform", "final_transform"
+}  # fmt: skip
+
+
+def _per_token(name: str, values: Tensor | None, tokens: int) -> Tensor | None:
+    if values is not None and values.numel() != tokens:
+        raise SpecError(f"has {values.numel()} entries for {tokens} tokens", where=name)
+    return None if values is None else values.reshape(-1)
+
+
+def _transform(name: str, spec: TransformSpec, y: Tensor, w: LayerWeights, dtype: torch.dtype) -> Tensor:
+    """Linear operations run in the layer's dtype, float16 ones in float32 so that a large sum does not overflow."""
+    for i, op in enumerate(spec.ops):
+        weight = w.tensors.get(f"{name}.{i}.weight")
+        if isinstance(op, Linear):
+            assert weight is not None
+            y = linear(wide(y) if dtype == torch.float16 else y.to(dtype), weight, w.tensors.get(f"{name}.{i}.bias"))
+        elif isinstance(op, RMSNorm):
+            y = rms_norm(y, weight, op.eps)
+        else:
+            assert isinstance(op, Custom)
+            y = w.functions[f"{name}.{i}"](y.to(dtype))
+            if y.shape[-1] != op.out_features:
+                raise SpecError(f"gives {y.shape[-1]} features, the spec says {op.out_features}", where=f"{name}.{i}")
+    return y.to(dtype) if name in ("input_transform", "gate_transform") else wide(y)

@@ -1,0 +1,145 @@
+"""What an expert backend declares, what it is asked for, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from moerunner.spec import ActivationSpec
+from moerunner.values import ExpertWeights, TopK
+
+ALL_ACTIVATIONS = frozenset(
+    {
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "relu2",
+        "alpha",
+        "beta",
+        "limit",
+        "clamp_after",
+        "gate_softcap",
+        "up_softcap",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendInfo:
+    """Everything a backend can do. What is not declared here is refused.
+
+    dtypes: per device type. activations: kinds, and the constants it honours, of `ALL_ACTIVATIONS`; `ungated` and `bias`
+    apart. stride_bytes: every stride but one must be a multiple of this. row_output: can return unweighted rows.
+    applies_scale: multiplies by the routed scaling factor itself. reduced: its result needs no reduction over ranks.
+    priority: larger is preferred by "auto", per device type.
+    """
+
+    name: str
+    dtypes: Mapping[str, frozenset[str]]
+    activations: frozenset[str] = field(default=ALL_ACTIVATIONS)
+    formats: frozenset[str] = frozenset({"none"})
+    gate_up: frozenset[str] = frozenset({"concat", "interleaved", "none"})
+    stride_bytes: int = 1
+    bias: bool = False
+    input_weighting: bool = False
+    id_minus_one: bool = False
+    row_output: bool = False
+    applies_scale: bool = False
+    reduced: bool = False
+    backward: bool = False
+    deterministic: bool = False
+    batch_invariant: bool = False
+    capturable: bool = False
+    host_sync: bool = True
+    writes_input: bool = False
+    priority: Mapping[str, int] = field(default_factory=dict)
+    requires: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a plan needs of a backend. strides and shapes: of w13 and w2, in elements."""
+
+    device: str
+    dtype: str
+    activation: ActivationSpec
+    gate_up: str
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    format: str = "none"
+    bias: bool = False
+    input_weighting: bool = False
+    rows: bool = False
+    grad: bool = False
+    deterministic: bool = False
+    batch_invariant: bool = False
+    capturable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCall:
+    """How a backend is called: what the plan fixed.
+
+    output: `summed` [T, H] in float32, weighted and summed over the slots; `rows` [T, K, H], one unweighted row per slot,
+    zeros where the id is -1. down_bias: whether this rank adds b2 (one rank of a tensor-parallel group does).
+    """
+
+    activation: ActivationSpec
+    input_weighting: bool = False
+    output: Literal["summed", "rows"] = "summed"
+    down_bias: bool = True
+
+
+class Backend(Protocol):
+    """A module of this package, or any object, with these two names."""
+
+    INFO: BackendInfo
+
+    def run(self, x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
+        """Runs the chosen experts. ids index `weights`, -1 is no expert; x is not written to."""
+        ...
+
+
+def refusals(info: BackendInfo, request: Request) -> list[str]:
+    """Why this backend cannot do what is asked; empty when it can."""
+    a = request.activation.resolved()
+    needs = {a.kind}
+    needs |= {"alpha"} if a.alpha not in (None, 1.0) else set()
+    needs |= {"beta"} if a.beta else set()
+    needs |= {n for n in ("limit", "gate_softcap", "up_softcap") if getattr(a, n) is not None}
+    needs |= {"clamp_after"} if a.clamp_after else set()
+    reasons = []
+    if request.device not in info.dtypes:
+        reasons.append(f"runs on {', '.join(sorted(info.dtypes))}, not on {request.device}")
+    elif request.dtype not in info.dtypes[request.device]:
+        reasons.append(f"takes {', '.join(sorted(info.dtypes[request.device]))} on {request.device}, not {request.dtype}")
+    if needs - info.activations:
+        reasons.append(f"does not know the activation's {', '.join(sorted(needs - info.activations))}")
+    if request.format not in info.formats:
+        reasons.append(f"does not read the format {request.format!r}")
+    if request.gate_up not in info.gate_up:
+        reasons.append(f"does not read gate_up={request.gate_up!r}")
+    for flag in ("bias", "input_weighting"):
+        if getattr(request, flag) and not getattr(info, flag):
+            reasons.append(f"has no {flag.replace('_', ' ')}")
+    if request.rows and not info.row_output:
+        reasons.append("does not return rows")
+    if request.grad and not info.backward:
+        reasons.append("has no backward")
+    for flag in ("deterministic", "batch_invariant", "capturable"):
+        if getattr(request, flag) and not getattr(info, flag):
+            reasons.append(f"is not {flag.replace('_', ' ')}")
+    return reasons + _stride_problem(info, request)
+
+
+def _stride_problem(info: BackendInfo, request: Request) -> list[str]:
+    size = {"float64": 8, "float32": 4}.get(request.dtype, 2)
+    for shape, strides in zip(request.shapes, request.strides, strict=True):
+        matrix = strides[-2:]
+        if info.stride_bytes > 1 and (1 not in matrix or any(s != 1 and s * size % info.stride_bytes for s in matrix)):
+            return [f"needs strides in multiples of {info.stride_bytes} bytes, a weight of {list(shape)} has {strides}"]
+    return []

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: routing, activation, permutation, and the float64 oracle."""

@@ -1,0 +1,227 @@
+"""Collectives over the axes of a layout: none for one rank, torch.distributed, or N simulated ranks in one process.
+
+Every implementation counts what it issues in `log`, so that a test can compare it with the plan.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moerunner.errors import DistributedError, UnsupportedError
+from moerunner.parallel.layout import BoundLayout, Layout
+
+R = TypeVar("R")
+
+
+class Comm(ABC):
+    """One rank's view. `axes` name the axes that a collective runs over; rows are dimension 0 everywhere."""
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        self.layout, self.rank = layout, rank
+        self.coordinates = layout.coordinates(rank)
+        self.log: list[tuple[str, tuple[str, ...]]] = []
+
+    def all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """The sum over the group, on every rank."""
+        self.log.append(("all_reduce", axes))
+        return self._all_reduce(x, axes)
+
+    def all_gather(self, x: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, list[int]]:
+        """All ranks' rows in rank order, and how many each had; the counts may differ."""
+        counts = self._counts(x.shape[0], axes)
+        self.log.append(("all_gather", axes))
+        return self._all_gather(x, counts, axes), counts
+
+    def reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        """The sum over the group, of which this rank gets its `counts[i]` rows."""
+        self.log.append(("reduce_scatter", axes))
+        return self._reduce_scatter(x, counts, axes)
+
+    def all_to_all(self, x: Tensor, send: list[int], axes: tuple[str, ...]) -> tuple[Tensor, list[int]]:
+        """Sends `send[i]` rows to rank i of the group; returns what came, in rank order, and how many from each."""
+        received = self._exchange_counts(send, axes)
+        self.log.append(("all_to_all", axes))
+        return self._all_to_all(x, send, received, axes), received
+
+    def same(self, text: str) -> None:
+        """Raises a `DistributedError` on every rank unless all ranks pass the same text."""
+        texts = self._gather_objects(text, AXES_ALL)
+        wrong = [r for r, t in enumerate(texts) if t != texts[0]]
+        if wrong:
+            raise DistributedError(
+                f"ranks {wrong} disagree with rank 0 on the spec, the layout, or the shapes of the weights",
+                where=f"rank {self.rank}",
+                next_step="Build the same MoERunner on every rank",
+            )
+
+    def index(self, axes: tuple[str, ...]) -> int:
+        """This rank's place in the group over these axes."""
+        return self.layout.group(self.rank, axes).index(self.rank)
+
+    def _counts(self, rows: int, axes: tuple[str, ...]) -> list[int]:
+        return self._gather_objects(rows, axes)
+
+    def _exchange_counts(self, send: list[int], axes: tuple[str, ...]) -> list[int]:
+        here = self.index(axes)
+        return [counts[here] for counts in self._gather_objects(send, axes)]
+
+    @abstractmethod
+    def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]: ...
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor: ...
+
+    @abstractmethod
+    def _all_gather(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor: ...
+
+
+AXES_ALL = ("dp", "ep", "tp")
+
+
+class GatherComm(Comm):
+    """Collectives made of one primitive: every rank of the group learns what every other passed."""
+
+    def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        parts = self._gather_objects(x, axes)
+        total = parts[0].double()
+        for part in parts[1:]:
+            total = total + part.double()
+        return total.to(x.dtype)
+
+    def _all_gather(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        return torch.cat(self._gather_objects(x, axes))
+
+    def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        return self._all_reduce(x, axes).split(counts)[self.index(axes)]
+
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor:
+        here = self.index(axes)
+        parts = self._gather_objects((x, send), axes)
+        return torch.cat([rows.split(counts)[here] for rows, counts in parts])
+
+
+class LocalComm(GatherComm):
+    """One rank: nothing to exchange."""
+
+    def __init__(self) -> None:
+        super().__init__(Layout(), 0)
+
+    def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]:
+        return [item]
+
+
+class SimulatedComm(GatherComm):
+    """One of N ranks that are threads of this process."""
+
+    def __init__(self, layout: Layout, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(layout, rank)
+        self._board, self._barrier = board, barrier
+
+    def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]:
+        self._board[self.rank] = item
+        self._barrier.wait(self.layout.timeout)
+        items = [self._board[r] for r in self.layout.group(self.rank, axes)]
+        self._barrier.wait(self.layout.timeout)
+        return items
+
+
+def simulate(layout: Layout, rank_main: Callable[[BoundLayout], R]) -> list[R]:
+    """Runs `rank_main` once per rank of the layout, as threads, and returns the results in rank order.
+
+    The first rank that raises ends the others; its error is raised here.
+    """
+    board: list[Any] = [None] * layout.world
+    barrier = threading.Barrier(layout.world)
+    results: list[Any] = [None] * layout.world
+    failures: list[tuple[int, BaseException]] = []
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def main(rank: int) -> None:
+        try:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+                results[rank] = rank_main(BoundLayout(layout, SimulatedComm(layout, rank, board, barrier)))
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            failures.append((rank, error))
+            barrier.abort()
+
+    threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(layout.world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
+    return results
+
+
+class TorchComm(Comm):
+    """torch.distributed over a `DeviceMesh`: NCCL on GPUs, gloo on CPUs."""
+
+    def __init__(self, layout: Layout, mesh: Any) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        super().__init__(layout, dist.get_rank())
+        names = tuple(mesh.mesh_dim_names or ())
+        for axis in AXES_ALL:
+            size = getattr(layout, axis)
+            found = mesh.size(names.index(axis)) if axis in names else 1
+            if found != size:
+                raise DistributedError(
+                    f"the layout's {axis} is {size}, the mesh has {found}",
+                    where="Layout.bind",
+                    next_step='init_device_mesh(device, (dp, ep, tp), mesh_dim_names=("dp", "ep", "tp"))',
+                )
+        ranks = layout.group(self.rank, AXES_ALL)
+        if mesh.mesh.flatten().tolist() != ranks:
+            raise UnsupportedError("the mesh does not count ranks with tp fastest, then ep, then dp", where="Layout.bind")
+        self._groups: dict[tuple[str, ...], Any] = {}
+        for axes in (("ep",), ("tp",), ("ep", "tp"), AXES_ALL):
+            every = {tuple(layout.group(rank, axes)) for rank in range(layout.world)}
+            for members in sorted(every):
+                group = dist.new_group(list(members))
+                if self.rank in members:
+                    self._groups[axes] = group
+
+    def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]:
+        out: list[Any] = [None] * len(self.layout.group(self.rank, axes))
+        self._dist.all_gather_object(out, item, group=self._groups[axes])
+        return out
+
+    def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        out = x.contiguous().clone()
+        self._dist.all_reduce(out, group=self._groups[axes])
+        return out
+
+    def _all_gather(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        longest = max(counts)
+        padded = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])]).contiguous()
+        out = [torch.empty_like(padded) for _ in counts]
+        self._dist.all_gather(out, padded, group=self._groups[axes])
+        return torch.cat([rows[:n] for rows, n in zip(out, counts, strict=True)])
+
+    def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        longest, here = max(counts), self.index(axes)
+        parts = [torch.cat([p, p.new_zeros(longest - p.shape[0], *p.shape[1:])]) for p in x.split(counts)]
+        out = torch.empty_like(parts[0])
+        self._dist.reduce_scatter_tensor(out, torch.cat(parts).contiguous(), group=self._groups[axes])
+        return out[: counts[here]]
+
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor:
+        out = x.new_empty(sum(received), *x.shape[1:])
+        self._dist.all_to_all_single(out, x.contiguous(), received, send, group=self._groups[axes])
+        return out

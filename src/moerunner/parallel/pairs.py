@@ -1,0 +1,109 @@
+"""What a dispatch/combine pair declares, and what it carries from one to the other."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from moerunner.parallel.comm import Comm
+from moerunner.parallel.layout import Layout
+from moerunner.values import TopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInfo:
+    """tokens: the placement of tokens it is made for. reduces: its combine returns finished rows, no reduction is left.
+
+    experts_return: what it takes from the experts; `any` or `rows`. overlaps: shared experts may run while it travels.
+    """
+
+    name: str
+    tokens: Literal["replicated", "sharded"]
+    reduces: bool
+    experts_return: Literal["any", "rows"]
+    overlaps: bool = False
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What combine needs to undo a dispatch. Each pair reads only what it wrote."""
+
+    topk: TopK
+    counts: tuple[int, ...] = ()
+    send: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+    order: Tensor | None = None
+    home: TopK | None = None
+
+
+class Pair(Protocol):
+    """A module of this package with these names."""
+
+    INFO: PairInfo
+
+    def dispatch(self, x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm) -> tuple[Tensor, Trip]:
+        """The rows that this rank's experts run on, with ids of its own slots (-1: not here)."""
+        ...
+
+    def combine(self, y: Tensor, trip: Trip, comm: Comm, *, weigh: bool, dtype: torch.dtype) -> Tensor:
+        """Back to the tokens. y: [R, H] summed, or [R, K, H] rows, then weighted if `weigh`, and summed.
+
+        Partial sums travel in `dtype`.
+        """
+        ...
+
+
+class SlotMap:
+    """Which physical slot (ep coordinate * slots per rank + slot) serves a logical expert; made once per layer."""
+
+    def __init__(self, layout: Layout, num_experts: int, sets: int = 1) -> None:
+        self.slots = layout.slots(num_experts, sets)
+        self.per_rank, self.num_experts = len(self.slots[0]), num_experts
+        where: list[list[int]] = [[] for _ in range(num_experts)]
+        for slot, expert in enumerate(itertools.chain.from_iterable(self.slots)):
+            if expert >= 0:
+                where[expert].append(slot)
+        self.plain = [w[0] for w in where] == list(range(num_experts)) and max(map(len, where)) == 1
+        width = max(map(len, where))
+        self._table = torch.tensor([w + [w[0]] * (width - len(w)) for w in where])
+        self._sizes = torch.tensor([len(w) for w in where])
+
+    def physical(self, topk: TopK) -> Tensor:
+        """[T, K] slots; a token picks among an expert's copies by its position. -1 and zero experts become -1."""
+        ids = topk.ids
+        if topk.space == "physical":
+            return ids
+        real = (ids >= 0) & (ids < self.num_experts)
+        if self.plain:
+            return torch.where(real, ids, -1)
+        if self._table.device != ids.device:
+            self._table, self._sizes = self._table.to(ids.device), self._sizes.to(ids.device)
+        safe = ids.clamp(0, self.num_experts - 1)
+        turn = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) % self._sizes[safe]
+        return torch.where(real, self._table[safe, turn], -1)
+
+    def local(self, physical: Tensor, ep_coordinate: int) -> Tensor:
+        """Slots of this rank, -1 for those of others."""
+        local = physical - ep_coordinate * self.per_rank
+        return torch.where((physical >= 0) & (local >= 0) & (local < self.per_rank), local, -1)
+
+
+def pack(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """Tokens, ids and weights as one byte tensor [R, bytes], so that they travel in one collective."""
+    parts = (x_RH, ids_RK.to(torch.int32), weights_RK)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def unpack(packed: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack`; x and weights give dtypes and widths."""
+    hidden, k = x.shape[1] * x.element_size(), weights.shape[1]
+    rows, ids, w = packed.split([hidden, 4 * k, weights.element_size() * k], dim=1)
+    return (
+        rows.contiguous().view(x.dtype),
+        ids.contiguous().view(torch.int32).to(torch.int64),
+        w.contiguous().view(weights.dtype),
+    )

@@ -1,0 +1,54 @@
+"""How a layer is to be run, beside what it computes and who holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from moerunner.errors import SpecError
+
+Output = Literal["replicate", "partial", "shard"]
+Dispatch = Literal["auto", "allgather", "alltoall"]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Choices of the caller.
+
+    dtype: of the tokens, by name or torch dtype; None takes the experts'. backend: an experts backend, or "auto".
+    output: `replicate`: finished rows for the tokens that this rank passed; `partial`: this rank's share of the sum, for a
+        caller who reduces it together with values of its own; `shard`: finished rows, this rank's part of the tokens.
+    reduce_dtype: what partial sums travel in; None: the tokens' dtype, float32 for float16.
+    grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
+    deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
+    capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts.
+    """
+
+    dtype: Any = None
+    backend: str = "auto"
+    output: Output = "replicate"
+    reduce_dtype: Any = None
+    grad: bool | None = None
+    deterministic: bool = True
+    batch_invariant: bool = False
+    capturable: bool = False
+    dispatch: Dispatch = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "reduce_dtype"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            text = str(value).removeprefix("torch.")
+            if text not in DTYPES:
+                raise SpecError(f"must be one of {', '.join(DTYPES)}, not {text}", where=f"Options.{name}")
+            object.__setattr__(self, name, text)
+        for name, kind in (("output", Output), ("dispatch", Dispatch)):
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise SpecError(f"must be one of {allowed}, not {getattr(self, name)!r}", where=f"Options.{name}")
+
+    def replace(self, **changes: Any) -> Options:
+        return dataclasses.replace(self, **changes)

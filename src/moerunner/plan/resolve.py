@@ -1,0 +1,265 @@
+"""From spec, layout and weights to a plan. A pure function: no tensors, no ranks, nothing global."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from moerunner.errors import PlanError, UnsupportedError, WeightsError
+from moerunner.experts.base import Request
+from moerunner.experts.registry import choose
+from moerunner.parallel import allgather, alltoall, local
+from moerunner.parallel.layout import Layout
+from moerunner.parallel.pairs import PairInfo
+from moerunner.plan.options import Options
+from moerunner.plan.plan import Plan
+from moerunner.plan.steps import Step, flow, start_states
+from moerunner.spec import MoESpec, TransformSpec
+from moerunner.values import Replicate, TensorMeta, ValueState
+
+
+def resolve(
+    spec: MoESpec,
+    layout: Layout | None,
+    weights_meta: Mapping[str, TensorMeta],
+    device: str,
+    options: Options | None = None,
+) -> Plan:
+    """The checked plan.
+
+    Args:
+        spec, layout: what is computed and who holds what; None is one rank.
+        weights_meta: shapes, strides, dtypes and formats of one rank's tensors, from `LayerWeights.meta()`.
+        device: a device type, `cpu` or `cuda`.
+
+    Raises:
+        PlanError: the steps contradict each other. UnsupportedError: no kernel does what is asked; every reason is given.
+        WeightsError: the weights do not fit the spec.
+    """
+    layout, options = layout or Layout(), options or Options()
+    w2 = weights_meta.get("experts.0.w2")
+    if w2 is None:
+        raise WeightsError("have no experts.0.w2", where="resolve", next_step="Pass LayerWeights.meta()")
+    if options.grad and layout.world > 1:
+        raise UnsupportedError("gradients are given on one rank only", where="resolve", next_step="Use one rank, or no_grad")
+    dtype = options.dtype or w2.dtype
+    return _Builder(spec, layout, dict(weights_meta), str(device).split(":")[0], dtype, options).plan()
+
+
+class _Builder:
+    """Collects steps, and asks the algebra for the state before each decision."""
+
+    def __init__(
+        self, spec: MoESpec, layout: Layout, meta: dict[str, TensorMeta], device: str, dtype: str, options: Options
+    ) -> None:
+        self.spec, self.layout, self.meta, self.device, self.dtype, self.options = (
+            spec,
+            layout,
+            meta,
+            device,
+            dtype,
+            options,
+        )
+        self.steps: list[Step] = []
+        self.finish = partial(Plan, spec, layout, device, dtype, options)
+        self.reduce_dtype = options.reduce_dtype or ("float32" if dtype == "float16" else dtype)
+
+    def add(self, verb: str, **facts: object) -> None:
+        self.steps.append(Step(verb=verb, **facts))  # type: ignore[arg-type]
+
+    def state(self, value: str) -> ValueState | None:
+        start = start_states(self.spec, self.layout, self.dtype)
+        states = flow(tuple(self.steps), self.spec, start)
+        return (states[-1] if states else start).get(value)
+
+    def plan(self) -> Plan:
+        spec = self.spec
+        self._route()
+        self._shared_and_zero()
+        if spec.input_transform is not None:
+            self._transform("input_transform", spec.input_transform, "routed")
+        padded = self.meta["experts.0.w2"].shape[1]
+        if padded != spec.routed_hidden_size:
+            self.add("pad", width=padded, reason=f"the experts' weights are stored at width {padded}")
+        pair = self._dispatch()
+        self._experts(pair)
+        follows = [spec.output_transform, spec.shared, spec.final_transform, spec.zero_experts, spec.output_bias]
+        early = any(bool(f) for f in follows)
+        if padded != spec.routed_hidden_size and early:
+            self.add("trim", width=spec.routed_hidden_size, reason="before what reads the true width")
+        if spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0:
+            experts = next(s for s in self.steps if s.verb == "experts")
+            if not experts.scales:
+                self.add("scale", reason=f"the spec applies its factor {spec.routed_scaling_factor} to the output")
+        if spec.output_transform is not None:
+            self._reduce_before(spec.output_transform, "routed", "output_transform")
+            self._transform("output_transform", spec.output_transform, "routed")
+        self._join()
+        if spec.final_transform is not None:
+            self._reduce_before(spec.final_transform, "out", "final_transform")
+            self._transform("final_transform", spec.final_transform, "out")
+        self._output()
+        if padded != spec.routed_hidden_size and not early:
+            self.add("trim", value="out", at="finish", width=spec.routed_hidden_size, reason="nothing reads it before")
+        return self.finish(tuple(self.steps))
+
+    def _route(self) -> None:
+        r, spec = self.spec.routing, self.spec
+        if r.score != "external" and r.simulate is None:
+            self.add("gate", value="topk", reads="tokens", reason="reads the caller's tokens at full width")
+        in_weights = not spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
+        kernel = "simulated" if r.simulate else ("the caller" if r.score == "external" else r.score)
+        reason = f"the factor {spec.routed_scaling_factor} is applied to the weights" if in_weights else ""
+        self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason)
+
+    def _shared_and_zero(self) -> None:
+        spec, layout = self.spec, self.layout
+        if spec.shared is not None:
+            axes = layout.split_axes if layout.shards_shared else ()
+            held = f"a slice of the width over {'+'.join(axes)}" if axes else "whole on every rank"
+            self.add("shared", value="shared", reads="tokens", axes=axes, reason=held)
+        if spec.zero_experts:
+            own = spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
+            self.add("zero", value="zero", reads="tokens", scales=own)
+
+    def _transform(self, verb: str, transform: TransformSpec, value: str) -> None:
+        self.add(
+            verb,
+            value=value,
+            takes=transform.in_features,
+            width=transform.out_features,
+            linear=transform.linear,
+            kernel=" ".join(type(op).__name__ for op in transform.ops),
+        )
+
+    def _dispatch(self) -> PairInfo:
+        layout, wish = self.layout, self.options.dispatch
+        if layout.tokens == "replicated" or not layout.split_axes:
+            if wish != "auto":
+                raise UnsupportedError(f"tokens are not sharded, {wish!r} has nothing to do", where="Options.dispatch")
+            self.add("dispatch", kernel="local", reason="every rank has all tokens and runs its own experts")
+            return local.INFO
+        use_all = layout.ep > 1 and (wish == "alltoall" or (wish == "auto" and self.spec.top_k < layout.ep))
+        if wish == "alltoall" and layout.ep == 1:
+            raise UnsupportedError("'alltoall' needs ep above 1", where="Options.dispatch")
+        if use_all:
+            gathers = ("tp",) if layout.tp > 1 else ()
+            reason = f"a token visits at most {self.spec.top_k} of {layout.ep} ranks" if wish == "auto" else "asked for"
+            self.add("dispatch", kernel="alltoall", gathers=gathers, reason=reason)
+            return alltoall.INFO
+        reason = f"top_k={self.spec.top_k} reaches most of {layout.ep} ranks" if wish == "auto" else "asked for"
+        self.add("dispatch", kernel="allgather", gathers=layout.split_axes, reason=reason)
+        return allgather.INFO
+
+    def _experts(self, pair: PairInfo) -> None:
+        spec, e = self.spec, self.spec.experts
+        on_input = spec.routing.weights_on == "input"
+        rows = pair.experts_return == "rows" or e.row_norm is not None
+        sets = sorted({n.split(".")[1] for n in self.meta if n.startswith("experts.")})
+        products = [self.meta[f"experts.{i}.{n}"] for i in sets for n in ("w13", "w2")]
+        chosen = choose(
+            Request(
+                device=self.device,
+                dtype=self.dtype,
+                activation=e.activation,
+                gate_up=products[0].gate_up,
+                shapes=tuple(m.shape for m in products),
+                strides=tuple(m.stride for m in products),
+                format=products[0].format,
+                bias=e.bias,
+                input_weighting=on_input,
+                rows=rows,
+                grad=bool(self.options.grad),
+                deterministic=self.options.deterministic,
+                batch_invariant=self.options.batch_invariant,
+                capturable=self.options.capturable,
+            ),
+            self.options.backend,
+        )
+        info = chosen.backend.INFO
+        axes = tuple(a for a in self.layout.split_axes if not (pair.name == "alltoall" and a == "ep"))
+        applies = info.applies_scale and spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
+        self.add(
+            "experts",
+            kernel=info.name,
+            reason=chosen.reason,
+            refused=chosen.refused,
+            axes=() if info.reduced else axes,
+            weighs=on_input or not rows,
+            sums=not rows,
+            scales=applies and not rows,
+        )
+        if e.row_norm is not None:
+            if "tp" in axes:
+                why = "a norm of the expert's whole row, each rank has a partial sum of it"
+                self.add("reduce", axes=("tp",), at="row_norm", dtype=self.reduce_dtype, reason=why)
+            self.add("row_norm", kernel="RMSNorm")
+        back = {"allgather": self.layout.split_axes, "alltoall": ("tp",) if self.layout.tp > 1 else ()}.get(pair.name, ())
+        routed = self.state("routed")
+        assert routed is not None
+        whole = tuple(a for a in back if routed.at(a) == Replicate())
+        if whole:
+            self.add("select", axes=whole, at="combine", reason="the row is whole on these ranks and must count once")
+        self.add(
+            "combine",
+            kernel=pair.name,
+            axes=back,
+            weighs=rows and not on_input,
+            sums=rows,
+            dtype=self.reduce_dtype if back else "",
+            reason="brings finished rows home" if pair.reduces else "",
+        )
+
+    def _reduce_before(self, transform: TransformSpec, value: str, verb: str) -> None:
+        state = self.state(value)
+        if state is not None and state.partial_axes and not transform.linear:
+            why = f"{verb} is not linear"
+            self.add("reduce", value=value, axes=state.partial_axes, at=verb, dtype=self.reduce_dtype, reason=why)
+
+    def _join(self) -> None:
+        values = [v for v in ("routed", "shared", "zero") if self.state(v) is not None]
+        states = {v: self.state(v) for v in values}
+        routed = states["routed"]
+        assert routed is not None
+        shared = states.get("shared")
+        if shared is not None and shared.partial_axes and not routed.partial_axes and self.options.output != "partial":
+            why = "the routed part is finished, the shared part alone is a partial sum"
+            self.add("reduce", value="shared", axes=shared.partial_axes, at="join", dtype=self.reduce_dtype, reason=why)
+            states["shared"] = self.state("shared")
+        split = [a for a in self.layout.split_axes if any(s is not None and a in s.partial_axes for s in states.values())]
+        for value, state in states.items():
+            assert state is not None
+            axes = tuple(a for a in split if state.at(a) == Replicate())
+            if axes:
+                why = "whole on every rank: counts on coordinate 0"
+                self.add("select", value=value, axes=axes, at="join", reason=why)
+        self.add("join", value="out", kernel=" + ".join(values) if self.spec.join == "sum" else "average", axes=tuple(split))
+
+    def _output(self) -> None:
+        out = self.state("out")
+        assert out is not None
+        wanted, layout = self.options.output, self.layout
+        if wanted == "partial":
+            if layout.tokens == "sharded" and layout.split_axes:
+                raise PlanError("asks for partial sums of sharded tokens", first="Layout.tokens", second="Options.output")
+            missing = tuple(a for a in layout.split_axes if a not in out.partial_axes)
+            if missing:
+                self.add("select", value="out", axes=missing, at="finish", reason="the caller reduces over these ranks too")
+            return
+        scatter = wanted == "shard" and layout.tokens == "replicated"
+        rest = tuple(a for a in layout.split_axes if a not in out.partial_axes)
+        if not out.partial_axes:
+            if scatter and rest:
+                self.add("shard", value="out", axes=rest, at="finish", reason="each rank keeps its own tokens")
+            return
+        if scatter and rest:
+            self.add("select", value="out", axes=rest, at="finish", reason="whole on these ranks: counts on coordinate 0")
+        self.add(
+            "reduce",
+            value="out",
+            axes=layout.split_axes if scatter else out.partial_axes,
+            at="finish",
+            scatter=scatter,
+            dtype=self.reduce_dtype,
+            reason="the one reduction of routed and shared together" if self.spec.shared else "the one reduction",
+        )

@@ -1,0 +1,224 @@
+"""The steps a plan is made of, and what each does to the states of the values.
+
+Values: `tokens` (the caller's), `topk` (ids and weights), `routed`, `shared`, `zero` (identity experts), `out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moerunner.errors import PlanError
+from moerunner.parallel.layout import Layout
+from moerunner.spec import MoESpec
+from moerunner.values import AXES, Partial, Replicate, Shard, ValueState
+
+States = dict[str, ValueState]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step.
+
+    verb: what it does, of the runner's list, or `reduce`, `select`. at: the verb of the runner that carries it out.
+    value: what it changes. reads: what it computes from, where that is another value.
+    kernel, reason, refused: what runs it, why, and why not the others. axes: of the ranks it concerns.
+    width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
+    scatter: a reduction that leaves each rank its own rows.
+    """
+
+    verb: str
+    value: str = "routed"
+    at: str = ""
+    reads: str = ""
+    kernel: str = ""
+    reason: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+    axes: tuple[str, ...] = ()
+    gathers: tuple[str, ...] = ()
+    takes: int = 0
+    width: int = 0
+    linear: bool = True
+    scales: bool = False
+    weighs: bool = False
+    sums: bool = False
+    scatter: bool = False
+    dtype: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: the verb, its value where that is not plain, its axes and kernel."""
+        of = f" {self.value}" if self.verb in ("reduce", "select", "trim", "shard") else ""
+        over = f" over {'+'.join(self.axes)}" if self.axes and self.verb in ("reduce", "select") else ""
+        return f"{self.verb}{of}{over}" + (f" ({self.kernel})" if self.kernel else "")
+
+
+def start_states(spec: MoESpec, layout: Layout, dtype: str) -> States:
+    """The caller's tokens, which the routed value starts as. Copies (dp) always have tokens of their own."""
+    split = Replicate() if layout.tokens == "replicated" else Shard(0)
+    dp, ep, tp = (Replicate() if getattr(layout, axis) == 1 else (Shard(0) if axis == "dp" else split) for axis in AXES)
+    width = spec.hidden_size
+    tokens = ValueState(width, width, False, False, False, dtype, (dp, ep, tp))
+    return {"tokens": tokens, "routed": tokens}
+
+
+def flow(steps: tuple[Step, ...], spec: MoESpec, start: States) -> list[States]:
+    """The states after each step; the first contradiction is a `PlanError` that names both steps."""
+    states, after = dict(start), []
+    for step in steps:
+        for value in _needs(step):
+            if value not in states:
+                raise PlanError(f"reads '{value}', which no step before it makes", first="the input", second=step.name)
+        if step.verb in ("gate", "shared", "zero") and step.reads != "tokens":
+            raise PlanError(
+                f"reads '{step.reads}' instead of the caller's tokens",
+                first=states[step.reads].maker("width") if step.reads in states else "the input",
+                second=step.name,
+            )
+        states = {**states, **_EFFECTS[step.verb](step, states, spec)}
+        after.append(dict(states))
+    return after
+
+
+def _needs(step: Step) -> tuple[str, ...]:
+    return {
+        "gate": (step.reads,),
+        "route": ("tokens",),
+        "shared": (step.reads,),
+        "zero": (step.reads, "topk"),
+        "dispatch": ("routed", "topk"),
+        "experts": ("routed", "topk"),
+        "join": ("routed",),
+    }.get(step.verb, (step.value,))
+
+
+def _route(step: Step, states: States, spec: MoESpec) -> States:
+    topk = ValueState(spec.top_k, spec.top_k, True, False, False, "float32", states["tokens"].placements)
+    if step.scales:
+        return {"topk": topk.scale(step.name)}
+    return {"topk": topk.scale("the spec (factor 1)") if spec.routed_scaling_factor == 1.0 else topk}
+
+
+def _input_transform(step: Step, states: States, spec: MoESpec) -> States:
+    return {"routed": states["tokens"].transform(step.name, step.takes, step.width, linear=step.linear)}
+
+
+def _dispatch(step: Step, states: States, spec: MoESpec) -> States:
+    gathered = {v: states[v].gather(step.name, step.gathers) for v in ("routed", "topk")}
+    return gathered if step.gathers else {}
+
+
+def _experts(step: Step, states: States, spec: MoESpec) -> States:
+    y, topk = states["routed"], states["topk"]
+    for axis in step.axes:
+        if topk.at(axis) != y.at(axis):
+            raise PlanError(
+                f"tokens are {y.at(axis)} over {axis} and their routing is {topk.at(axis)}",
+                first=topk.maker(f"placed on {axis}"),
+                second=step.name,
+            )
+    y = y.make_partial(step.name, step.axes)
+    if step.weighs:
+        y = _weigh(y, step.name, topk)
+    if step.sums:
+        y = y.sum_slots(step.name)
+    return {"routed": y.scale(step.name) if step.scales else y}
+
+
+def _weigh(y: ValueState, name: str, topk: ValueState) -> ValueState:
+    y = y.weigh(name)
+    return y.scale(topk.maker("scaled")) if topk.scaled else y
+
+
+def _combine(step: Step, states: States, spec: MoESpec) -> States:
+    y = states["routed"]
+    if step.weighs:
+        y = _weigh(y, step.name, states["topk"])
+    if step.sums:
+        y = y.sum_slots(step.name)
+    return {"routed": y.reduce(step.name, step.axes, scatter=True) if step.axes else y}
+
+
+def _output_transform(step: Step, states: States, spec: MoESpec) -> States:
+    y = states["routed"]
+    for fact in ("summed", "scaled"):
+        if not getattr(y, fact) and (fact == "summed" or not step.linear):
+            raise PlanError(f"transforms a value that has not been {fact}", first=y.maker("made"), second=step.name)
+    return {"routed": y.transform(step.name, step.takes, step.width, linear=step.linear)}
+
+
+def _shared(step: Step, states: States, spec: MoESpec) -> States:
+    x = states["tokens"].make_partial(step.name, step.axes)
+    return {"shared": _finished(x, step.name)}
+
+
+def _zero(step: Step, states: States, spec: MoESpec) -> States:
+    y = _weigh(states["tokens"], step.name, states["topk"]).sum_slots(step.name)
+    return {"zero": y.scale(step.name) if step.scales else y}
+
+
+def _finished(x: ValueState, name: str) -> ValueState:
+    return x.weigh(name).sum_slots(name).scale(name)
+
+
+def _join(step: Step, states: States, spec: MoESpec) -> States:
+    out = states["routed"]
+    if not {"shared", "zero"} & set(states):
+        for fact in ("weighted", "summed", "scaled"):
+            if not getattr(out, fact):
+                raise PlanError(f"the output has never been {fact}", first=out.maker("made"), second=step.name)
+        return {"out": out}
+    for value in ("shared", "zero"):
+        if value in states:
+            out = out.add(step.name, states[value])
+    return {"out": out}
+
+
+def _reduce(step: Step, states: States, spec: MoESpec) -> States:
+    return {step.value: states[step.value].reduce(step.name, step.axes, scatter=step.scatter)}
+
+
+_EFFECTS: dict[str, Callable[[Step, States, MoESpec], States]] = {
+    "gate": lambda step, states, spec: {},
+    "route": _route,
+    "input_transform": _input_transform,
+    "pad": lambda step, states, spec: {"routed": states["routed"].pad(step.name, step.width)},
+    "dispatch": _dispatch,
+    "experts": _experts,
+    "row_norm": lambda step, states, spec: {"routed": states["routed"].row_norm(step.name)},
+    "combine": _combine,
+    "trim": lambda step, states, spec: {step.value: states[step.value].trim(step.name, step.width)},
+    "scale": lambda step, states, spec: {"routed": states["routed"].scale(step.name)},
+    "output_transform": _output_transform,
+    "shared": _shared,
+    "zero": _zero,
+    "reduce": _reduce,
+    "select": lambda step, states, spec: {step.value: states[step.value].select(step.name, step.axes)},
+    "join": _join,
+    "final_transform": lambda step, states, spec: {
+        "out": states["out"].transform(step.name, step.takes, step.width, linear=step.linear)
+    },
+    "shard": lambda step, states, spec: {"out": states["out"].take_shard(step.name, step.axes)},
+}
+
+
+def check_end(steps: tuple[Step, ...], states: States, spec: MoESpec, wanted: str, split: tuple[str, ...]) -> None:
+    """What must be true of `out` after the last step. split: the axes with more than one rank that share an answer."""
+    out, last = states.get("out"), steps[-1].name if steps else "the input"
+    if out is None:
+        raise PlanError("ends without an output", first="the input", second=last)
+    if out.padded_to != out.width or out.width != spec.hidden_size:
+        raise PlanError(
+            f"returns {out.padded_to} features, the layer has {spec.hidden_size}",
+            first=out.maker("padded"),
+            second=last,
+        )
+    for axis in split:
+        got = out.at(axis)
+        expected = {"replicate": states["tokens"].at(axis), "partial": Partial(), "shard": Shard(0)}[wanted]
+        if got != expected:
+            raise PlanError(
+                f"returns a value that is {got} over {axis}, asked for is {expected}",
+                first=out.maker(f"placed on {axis}"),
+                second=last,
+            )

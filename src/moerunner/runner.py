@@ -1,0 +1,193 @@
+"""MoERunner: one forward, one finished tensor, whatever the model and the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerunner.errors import DistributedError, SpecError, WeightsError
+from moerunner.execute import Verbs
+from moerunner.parallel.comm import Comm, LocalComm
+from moerunner.parallel.cut import local_part
+from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.parallel.pairs import SlotMap
+from moerunner.plan import Options, resolve
+from moerunner.spec import MoESpec
+from moerunner.values import LayerWeights, TopK
+
+Source = Callable[[], LayerWeights]
+
+
+class MoERunner(nn.Module):
+    """One MoE layer.
+
+    Args:
+        spec: what it computes.
+        weights: a mapping from the names of `spec.weight_shapes()` to tensors (parameters are registered as such, plain
+            tensors as buffers), a `LayerWeights`, or a function that returns one and is asked at every forward, for
+            weights that live elsewhere. Whole tensors, which the runner cuts for its rank; a function returns its rank's.
+        layout: None for one rank, or `Layout(...).bind(mesh)`.
+        options: see `Options`.
+
+    Raises:
+        WeightsError, PlanError, UnsupportedError: when it is built, never in the middle of a forward.
+    """
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        weights: LayerWeights | Mapping[str, Any] | Source,
+        layout: Layout | BoundLayout | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.options = spec, options or Options()
+        self._comm = _comm_of(layout)
+        self._slots = SlotMap(self._comm.layout, spec.num_experts, spec.routing.modalities)
+        if isinstance(weights, Mapping):
+            weights = LayerWeights.of(spec, weights)
+        if isinstance(weights, LayerWeights):
+            self._template = _own(self, local_part(weights, spec, self._comm, self._slots))
+            self._source: Source | None = None
+        else:
+            self._source = weights
+        self._verbs: dict[tuple[str, torch.dtype, bool], Verbs] = {}
+        self._agreed = self._comm.layout.world == 1
+        self.plan = self._resolve(self.layer_weights(), bool(self.options.grad)).plan
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        topk: TopK | None = None,
+        router_logits: Tensor | None = None,
+        router_input: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """The finished layer output.
+
+        Args:
+            x: [..., hidden_size], any leading shape, zero tokens too; not written to.
+            topk: routing that was decided elsewhere; the router is not run.
+            router_logits: [..., num_logits], in place of the gate's product. router_input: [..., hidden_size], what the gate
+                reads in place of x. input_ids, token_types: [...], for routing by table or by modality.
+
+        Returns:
+            x's shape and dtype (with output="shard": this rank's rows [T', hidden_size]). A row with NaN in it gives NaN and
+            leaves the others as they are.
+        """
+        w = self.layer_weights()
+        v, x_TH = self._enter(x, w)
+        topk = v.route(
+            x_TH,
+            w,
+            topk=topk,
+            router_logits=router_logits,
+            router_input=router_input,
+            input_ids=input_ids,
+            token_types=token_types,
+        )
+        shared = v.shared(x_TH, w, topk)
+        zero = v.zero(x_TH, topk)
+        routed = v.input_transform(x_TH, w)
+        routed = v.pad(routed, w)
+        rows, trip = v.dispatch(routed, topk)
+        routed = v.experts(rows, trip, w)
+        routed = v.row_norm(routed, w)
+        routed = v.combine(routed, trip, w)
+        routed = v.trim(routed, w)
+        routed = v.scale(routed, w)
+        routed = v.output_transform(routed, w)
+        out = v.join(routed, shared, zero, w)
+        out = v.final_transform(out, w)
+        out = v.finish(out, w)
+        return out if v.plan.wanted == "shard" else out.reshape(x.shape)
+
+    def route(self, x: Tensor, **inputs: Any) -> TopK:
+        """Ids and weights of every token, [T, K], from the keyword arguments of `forward`; logical ids."""
+        w = self.layer_weights()
+        v, x_TH = self._enter(x, w)
+        return v.route(x_TH, w, **inputs)
+
+    def explain(self) -> str:
+        """The plan: every step, its kernel and why, every kernel refused, the collectives and their bytes."""
+        return self.plan.explain()
+
+    def layer_weights(self) -> LayerWeights:
+        """This rank's tensors as they are now."""
+        if self._source is not None:
+            return self._source()
+        return _map_tensors(self._template, lambda name, _: getattr(self, name))
+
+    def _enter(self, x: Tensor, w: LayerWeights) -> tuple[Verbs, Tensor]:
+        """The plan for these tokens as functions, and the tokens as [T, H]."""
+        w2 = w.experts[0].w2
+        if x.shape[-1:] != (self.spec.hidden_size,):
+            raise SpecError(f"has shape {list(x.shape)}, the hidden size is {self.spec.hidden_size}", where="x")
+        if x.dtype != w2.dtype and w.experts[0].format == "none":
+            raise WeightsError(f"tokens are {x.dtype}, the experts {w2.dtype}", where="x", next_step="Cast one of them")
+        if x.device != w2.device:
+            raise WeightsError(f"tokens are on {x.device}, the experts on {w2.device}", where="x")
+        grad = self.options.grad
+        if grad is None:
+            grad = torch.is_grad_enabled() and (x.requires_grad or _requires_grad(w))
+        verbs = self._verbs.get((x.device.type, x.dtype, grad)) or self._resolve(w, grad, x)
+        if not self._agreed:
+            self._comm.same(f"{verbs.plan.fingerprint} {[(n, m.shape) for n, m in sorted(w.meta().items())]}")
+            self._agreed = True
+        return verbs, x.reshape(-1, self.spec.hidden_size)
+
+    def _resolve(self, w: LayerWeights, grad: bool, x: Tensor | None = None) -> Verbs:
+        device = (w.experts[0].w2 if x is None else x).device.type
+        options = self.options.replace(grad=grad, dtype=self.options.dtype if x is None else x.dtype)
+        plan = resolve(self.spec, self._comm.layout, w.meta(), device, options)
+        verbs = Verbs(plan, self._comm, self._slots)
+        self._verbs[device, verbs.dtype, grad] = verbs
+        return verbs
+
+
+def _comm_of(layout: Layout | BoundLayout | None) -> Comm:
+    if isinstance(layout, BoundLayout):
+        return layout.comm
+    if layout is not None and layout.world > 1:
+        raise DistributedError(
+            f"the layout has {layout.world} ranks and is not bound to them",
+            where="MoERunner",
+            next_step="Layout.bind(mesh)",
+        )
+    return LocalComm()
+
+
+def _requires_grad(w: LayerWeights) -> bool:
+    return any(e.tensor.requires_grad for s in w.experts for e in s.tensors.values()) or any(
+        t.requires_grad for t in w.tensors.values()
+    )
+
+
+def _map_tensors(w: LayerWeights, change: Callable[[str, Tensor], Tensor]) -> LayerWeights:
+    sets = []
+    for index, one in enumerate(w.experts):
+        suffix = f"_{index}" if len(w.experts) > 1 else ""
+        tensors = {n: dataclasses.replace(e, tensor=change(n + suffix, e.tensor)) for n, e in one.tensors.items()}
+        sets.append(dataclasses.replace(one, tensors=tensors))
+    return dataclasses.replace(
+        w, experts=tuple(sets), tensors={n: change(n.replace(".", "_"), t) for n, t in w.tensors.items()}
+    )
+
+
+def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:
+    """Registers every tensor with the module, under its name with dots as underscores."""
+
+    def register(name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+        return tensor
+
+    return _map_tensors(w, register)

@@ -1,0 +1,49 @@
+"""Shared experts: the MLP that every token goes through, reading the caller's tokens and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moerunner.ops.activation import activate
+from moerunner.ops.precision import linear, wide
+from moerunner.spec import SharedSpec
+
+
+class SharedExperts:
+    """The shared experts of one layer, or the slice of them that one rank holds.
+
+    w13 is one tensor of gate rows then up rows, or two tensors `shared_gate_proj` and `shared_up_proj`. Without a router
+    gate all of them are one MLP. `adds_bias`: this rank adds the down bias (one rank of a sharded group does).
+    """
+
+    def __init__(self, spec: SharedSpec, *, adds_bias: bool = True) -> None:
+        self.spec, self.adds_bias = spec, adds_bias
+
+    def __call__(self, x_TH: Tensor, tensors: Mapping[str, Tensor], shared_weights_TS: Tensor | None = None) -> Tensor:
+        """[T, H] in float32 (float64 for float64 tokens)."""
+        spec = self.spec
+        if spec.gate == "router":
+            assert shared_weights_TS is not None
+            parts = [
+                wide(self._mlp(x_TH, {"shared_w13": tensors["shared_w13"][s], "shared_w2": tensors["shared_w2"][s]}))
+                * shared_weights_TS[:, s, None]
+                for s in range(spec.count)
+            ]
+            return torch.stack(parts).sum(0)
+        y = wide(self._mlp(x_TH, tensors))
+        gate = tensors.get("shared_gate")
+        return y if gate is None else y * torch.sigmoid(wide(linear(x_TH, gate)))
+
+    def _mlp(self, x_TH: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        spec, b13 = self.spec, tensors.get("shared_b13")
+        if "shared_w13" in tensors:
+            h = linear(x_TH, tensors["shared_w13"], b13)
+        else:
+            b_gate, b_up = (None, None) if b13 is None else b13.chunk(2)
+            gate, up = tensors["shared_gate_proj"], tensors["shared_up_proj"]
+            h = torch.cat([linear(x_TH, gate, b_gate), linear(x_TH, up, b_up)], dim=-1)
+        h = activate(h, spec.activation, gate_up="concat" if spec.gated else "none")
+        return linear(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)

@@ -1,0 +1,43 @@
+"""The records that carry tensors through the layer or describe them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from moerunner.values.state import AXES, Partial, Placement, Replicate, Shard, ValueState
+from moerunner.values.weights import ExpertTensor, ExpertWeights, GateUp, LayerWeights, TensorMeta, cut_width
+
+__all__ = [
+    "AXES",
+    "ExpertTensor",
+    "ExpertWeights",
+    "GateUp",
+    "LayerWeights",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "TensorMeta",
+    "TopK",
+    "ValueState",
+    "cut_width",
+]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The router's answer.
+
+    ids: [T, K] int64, -1 for no expert. weights: [T, K] float32. space: whether ids are the model's experts
+    (`logical`) or slots of a placement with copies (`physical`). scaled: the routed scaling factor is already in the
+    weights. shared_weights: [T, S] float32, the weights of shared experts that take part in the gate.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    space: Literal["logical", "physical"] = "logical"
+    scaled: bool = False
+    shared_weights: Tensor | None = None

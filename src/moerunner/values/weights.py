@@ -1,0 +1,243 @@
+"""The tensors of one layer and how they are cut over ranks.
+
+Shape suffixes: E experts, I intermediate, H hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moerunner.errors import WeightsError
+from moerunner.spec import MoESpec
+
+GateUp = Literal["concat", "interleaved", "none"]
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of the experts. `expert_dim` and `tp_dim` say where it may be cut, None where it may not.
+
+    role: `gate_up` rows are gate and up, both halves are cut; `down` is cut along the intermediate width; `once` counts
+    on one tensor-parallel rank only (the down bias); `whole` is the same for every expert and rank.
+    """
+
+    tensor: Tensor
+    expert_dim: int | None
+    tp_dim: int | None
+    role: Literal["gate_up", "down", "once", "whole"]
+
+
+_EXPERT_LAYOUT: dict[str, tuple[int | None, int | None, Any]] = {
+    "w13": (0, 1, "gate_up"),
+    "w2": (0, 2, "down"),
+    "b13": (0, 1, "gate_up"),
+    "b2": (0, None, "once"),
+    "row_norm": (None, None, "whole"),
+}
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts' tensors by name, in logical shapes with free strides.
+
+    w13 [E, 2I, H] (gate rows first for `concat`, alternating for `interleaved`; [E, I, H] for `none`), w2 [E, H, I],
+    b13 [E, 2I], b2 [E, H], row_norm [H]; a quantised format adds its scales under names of its own.
+    """
+
+    tensors: Mapping[str, ExpertTensor]
+    gate_up: GateUp = "concat"
+    format: str = "none"
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor | None], gate_up: GateUp = "concat") -> ExpertWeights:
+        """From plain tensors named w13, w2, b13, b2, row_norm; None is left out."""
+        unknown = sorted(set(tensors) - set(_EXPERT_LAYOUT))
+        if unknown:
+            raise WeightsError(f"no expert tensor is called {', '.join(unknown)}", where="ExpertWeights")
+        return cls({n: ExpertTensor(t, *_EXPERT_LAYOUT[n]) for n, t in tensors.items() if t is not None}, gate_up)
+
+    def get(self, name: str) -> Tensor | None:
+        entry = self.tensors.get(name)
+        return None if entry is None else entry.tensor
+
+    @property
+    def w13(self) -> Tensor:
+        return self.tensors["w13"].tensor
+
+    @property
+    def w2(self) -> Tensor:
+        return self.tensors["w2"].tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.w2.shape[0]
+
+    def record(self, expert: int) -> dict[str, Tensor]:
+        """Everything that belongs to one expert, as views: what moves when the expert moves."""
+        return {n: e.tensor.select(e.expert_dim, expert) for n, e in self.tensors.items() if e.expert_dim is not None}
+
+    def shard(self, experts: list[int] | None, tp_rank: int, tp_size: int) -> ExpertWeights:
+        """The part that one rank holds: these experts (-1 an empty slot of zeros; None all), this slice of the width.
+
+        A width that does not divide is padded with zeros, which add nothing to the product with w2.
+        """
+        cut = {}
+        for name, entry in self.tensors.items():
+            tensor = entry.tensor
+            if experts is not None and entry.expert_dim is not None:
+                index = torch.tensor(experts, device=tensor.device)
+                tensor = tensor.index_select(entry.expert_dim, index.clamp(min=0))
+                if any(e < 0 for e in experts):
+                    shape = [-1 if d == entry.expert_dim else 1 for d in range(tensor.ndim)]
+                    tensor = torch.where((index < 0).view(shape), torch.zeros((), dtype=tensor.dtype), tensor)
+            if tp_size > 1 and entry.tp_dim is not None:
+                parts = 2 if entry.role == "gate_up" and self.gate_up == "concat" else 1
+                pair = 2 if entry.role == "gate_up" and self.gate_up == "interleaved" else 1
+                tensor = cut_width(tensor, entry.tp_dim, tp_rank, tp_size, parts=parts, unit=pair)
+            cut[name] = dataclasses.replace(entry, tensor=tensor)
+        return dataclasses.replace(self, tensors=cut)
+
+
+def cut_width(tensor: Tensor, dim: int, rank: int, size: int, *, parts: int = 1, unit: int = 1) -> Tensor:
+    """Slice `rank` of `size` along `dim`, in each of `parts` equal blocks, in whole `unit`s, padded with zeros."""
+    blocks = []
+    for block in tensor.chunk(parts, dim):
+        width = block.shape[dim]
+        step = -(-(width // unit) // size) * unit
+        start, stop = min(rank * step, width), min((rank + 1) * step, width)
+        piece = block.narrow(dim, start, stop - start)
+        if stop - start < step:
+            shape = list(piece.shape)
+            shape[dim] = step - (stop - start)
+            piece = torch.cat([piece, piece.new_zeros(shape)], dim)
+        blocks.append(piece)
+    return torch.cat(blocks, dim) if parts > 1 else blocks[0]
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """What a plan may know of a tensor. format and gate_up: of the experts' tensors."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    format: str = "none"
+    gate_up: str = ""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """All tensors of one layer: the experts of each modality set, the rest by the names of `MoESpec.weight_shapes`.
+
+    functions: the caller's functions for `Custom` operations, named like their place, `output_transform.0`.
+    """
+
+    experts: tuple[ExpertWeights, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    functions: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: MoESpec, weights: Mapping[str, Any], gate_up: GateUp = "concat") -> LayerWeights:
+        """From a mapping of names to tensors; missing, extra and mis-shaped ones are an error that lists them all.
+
+        `experts` may stand for the experts' tensors: one `ExpertWeights`, or a sequence with one per modality set.
+        The experts' hidden width may be padded beyond the spec's.
+        """
+        given, functions = (
+            dict(weights),
+            {k: v for k, v in weights.items() if not isinstance(v, Tensor) and callable(v)},
+        )
+        experts = given.pop("experts", None)
+        shapes = spec.weight_shapes(vocab_size=_rows(given.get("hash_table")))
+        of_experts = [n for n in shapes if n.split(".")[0] in _EXPERT_LAYOUT]
+        tensors = {k: v for k, v in given.items() if k not in functions}
+        if experts is None:
+            count, many = spec.routing.modalities, spec.routing.modalities > 1
+            _check_names(set(shapes), set(tensors))
+            layout = gate_up if spec.experts.gated else "none"
+            sets = [
+                {n.split(".")[0]: tensors.pop(n) for n in of_experts if not many or n.endswith(f".{i}")} for i in range(count)
+            ]
+            experts = tuple(ExpertWeights.of(s, layout) for s in sets)
+        else:
+            experts = (experts,) if isinstance(experts, ExpertWeights) else tuple(experts)
+            _check_names(set(shapes) - set(of_experts), set(tensors))
+        problems = [
+            f"{n} has shape {list(t.shape)}, expected {list(shapes[n])}"
+            for n, t in tensors.items()
+            if tuple(t.shape) != shapes[n]
+        ]
+        if len(experts) != spec.routing.modalities:
+            problems.append(f"{len(experts)} expert sets given, the spec has {spec.routing.modalities}")
+        else:
+            problems += _expert_problems(spec, experts, shapes)
+        wanted = {
+            f"{name}.{i}"
+            for name, transform in spec.transforms().items()
+            for i, op in enumerate(transform.ops)
+            if type(op).__name__ == "Custom"
+        }
+        problems += [f"function {n} is missing" for n in sorted(wanted - set(functions))]
+        problems += [f"function {n} is not in the spec" for n in sorted(set(functions) - wanted)]
+        if problems:
+            raise WeightsError("; ".join(problems), where="weights")
+        return cls(experts, tensors, functions)
+
+    def meta(self) -> dict[str, TensorMeta]:
+        """Shapes, strides, dtypes and formats of everything, no tensors: the input of `resolve`."""
+        metas = {name: _meta(tensor) for name, tensor in self.tensors.items()}
+        for index, experts in enumerate(self.experts):
+            for name, entry in experts.tensors.items():
+                metas[f"experts.{index}.{name}"] = _meta(entry.tensor, experts.format, experts.gate_up)
+        return metas
+
+
+def _meta(tensor: Tensor, format: str = "none", gate_up: str = "") -> TensorMeta:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorMeta(tuple(tensor.shape), tuple(tensor.stride()), dtype, format, gate_up)
+
+
+def _rows(table: Any) -> int | None:
+    return table.shape[0] if isinstance(table, Tensor) and table.ndim else None
+
+
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if missing or extra:
+        lists = [f"missing {', '.join(missing)}"] * bool(missing) + [f"not in the spec: {', '.join(extra)}"] * bool(extra)
+        raise WeightsError("; ".join(lists), where="weights", next_step="MoESpec.weight_shapes() lists what is needed")
+
+
+def _expert_problems(spec: MoESpec, experts: tuple[ExpertWeights, ...], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = []
+    for index, one in enumerate(experts):
+        suffix = f".{index}" if spec.routing.modalities > 1 else ""
+        wanted = {n.split(".")[0]: s for n, s in shapes.items() if n.endswith(suffix) and n.split(".")[0] in _EXPERT_LAYOUT}
+        if (one.gate_up == "none") == spec.experts.gated:
+            problems.append(f"gate_up={one.gate_up!r} but gated={spec.experts.gated}")
+        if one.format != "none":
+            continue  # a format checks its own tensors
+        names = set(one.tensors)
+        problems += [f"{n}{suffix} is missing" for n in sorted(set(wanted) - names)]
+        problems += [f"{n}{suffix} is not in the spec" for n in sorted(names - set(wanted))]
+        padded = one.w2.shape[1] if "w2" in names and one.w2.ndim == 3 else 0
+        for name in sorted(names & set(wanted)):
+            shape, width = wanted[name], spec.routed_hidden_size
+            allowed = {
+                shape,
+                tuple(padded if d == width and i == _hidden_dim(name) else d for i, d in enumerate(shape)),
+            }
+            got = tuple(one.tensors[name].tensor.shape)
+            if got not in allowed or padded < width:
+                problems.append(f"{name}{suffix} has shape {list(got)}, expected {list(shape)}")
+    return problems
+
+
+def _hidden_dim(name: str) -> int:
+    return {"w13": 2, "w2": 1, "b2": 1, "row_norm": 0}.get(name, -1)
