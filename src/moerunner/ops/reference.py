@@ -80,7 +80,7 @@ def reference_route(
         router_logits = seen @ gate.T
         if "gate_bias" in weights.tensors:
             router_logits = router_logits + weights.tensors["gate_bias"].double().cpu()
-    logits = router_logits.reshape(count, -1).double().cpu().tolist()
+    logits = router_logits.reshape(count, router_logits.shape[-1]).double().cpu().tolist()
     ids = None if input_ids is None else input_ids.reshape(-1).tolist()
     types = None if token_types is None else token_types.reshape(-1).tolist()
     return [

@@ -1,12 +1,13 @@
 """Collectives over the axes of a layout: none for one rank, torch.distributed, or N simulated ranks in one process.
 
-Every implementation counts what it issues in `log`, so that a test can compare it with the plan.
+Every implementation keeps what it last issued in `log`, so that a test can compare it with the plan.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moerunner.errors import DistributedError, UnsupportedError
 from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.values import AXES
 
 R = TypeVar("R")
 
@@ -25,7 +27,7 @@ class Comm(ABC):
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout, self.rank = layout, rank
         self.coordinates = layout.coordinates(rank)
-        self.log: list[tuple[str, tuple[str, ...]]] = []
+        self.log: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=1024)
 
     def all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
         """The sum over the group, on every rank."""
@@ -51,7 +53,7 @@ class Comm(ABC):
 
     def same(self, text: str) -> None:
         """Raises a `DistributedError` on every rank unless all ranks pass the same text."""
-        texts = self._gather_objects(text, AXES_ALL)
+        texts = self._gather_objects(text, AXES)
         wrong = [r for r, t in enumerate(texts) if t != texts[0]]
         if wrong:
             raise DistributedError(
@@ -85,9 +87,6 @@ class Comm(ABC):
 
     @abstractmethod
     def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor: ...
-
-
-AXES_ALL = ("dp", "ep", "tp")
 
 
 class GatherComm(Comm):
@@ -177,7 +176,7 @@ class TorchComm(Comm):
         self._dist = dist
         super().__init__(layout, dist.get_rank())
         names = tuple(mesh.mesh_dim_names or ())
-        for axis in AXES_ALL:
+        for axis in AXES:
             size = getattr(layout, axis)
             found = mesh.size(names.index(axis)) if axis in names else 1
             if found != size:
@@ -186,11 +185,11 @@ class TorchComm(Comm):
                     where="Layout.bind",
                     next_step='init_device_mesh(device, (dp, ep, tp), mesh_dim_names=("dp", "ep", "tp"))',
                 )
-        ranks = layout.group(self.rank, AXES_ALL)
+        ranks = layout.group(self.rank, AXES)
         if mesh.mesh.flatten().tolist() != ranks:
             raise UnsupportedError("the mesh does not count ranks with tp fastest, then ep, then dp", where="Layout.bind")
         self._groups: dict[tuple[str, ...], Any] = {}
-        for axes in (("ep",), ("tp",), ("ep", "tp"), AXES_ALL):
+        for axes in (("ep",), ("tp",), ("ep", "tp"), AXES):
             every = {tuple(layout.group(rank, axes)) for rank in range(layout.world)}
             for members in sorted(every):
                 group = dist.new_group(list(members))
