@@ -124,11 +124,16 @@ class MoERunner(nn.Module):
             return self._source()
         return _map_tensors(self._template, lambda name, _: getattr(self, name))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_verbs": {}}  # bound functions are made again in the copy
+
     def _enter(self, x: Tensor, w: LayerWeights) -> tuple[Verbs, Tensor]:
         """The plan for these tokens as functions, and the tokens as [T, H]."""
         w2 = w.experts[0].w2
         if x.shape[-1:] != (self.spec.hidden_size,):
             raise SpecError(f"has shape {list(x.shape)}, the hidden size is {self.spec.hidden_size}", where="x")
+        if self.options.dtype not in (None, str(x.dtype).removeprefix("torch.")):
+            raise WeightsError(f"tokens are {x.dtype}, Options.dtype is {self.options.dtype}", where="x")
         if x.dtype != w2.dtype and w.experts[0].format == "none":
             raise WeightsError(f"tokens are {x.dtype}, the experts {w2.dtype}", where="x", next_step="Cast one of them")
         if x.device != w2.device:
@@ -190,4 +195,7 @@ def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:
             module.register_buffer(name, tensor)
         return tensor
 
+    for name, function in w.functions.items():
+        if isinstance(function, nn.Module):
+            module.add_module(name.replace(".", "_"), function)
     return _map_tensors(w, register)

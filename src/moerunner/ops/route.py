@@ -23,7 +23,9 @@ def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     """The gate's product, [T, num_logits] in float32 (float64 for float64 tokens)."""
     if routing.logits_dtype == "model":
         return wide(linear(x_TH, weight, bias))
-    return F.linear(wide(x_TH), weight.to(wide(x_TH).dtype), None if bias is None else bias.to(wide(x_TH).dtype))
+    x = wide(x_TH)
+    with torch.autocast(x.device.type, enabled=False):  # which expert wins must not depend on the caller's autocast
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def stable_topk(key_TE: Tensor, k: int) -> Tensor:
@@ -136,15 +138,15 @@ def _renormalise(weights: Tensor, shared: Tensor | None, r: RoutingSpec) -> tupl
 def _sparsemixer(z_TE: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     """Twice: the best expert, weighted by a softmax over the logits that lie close to it; then the same without it."""
 
-    def pick(left: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = stable_topk(left, 1)
+    ids = stable_topk(z_TE, 2)
+
+    def weigh(left: Tensor, chosen: Tensor) -> Tensor:
         top = left.gather(1, chosen)
         far = (top - z_TE) / z_TE.abs().clamp(min=top) > 2 * jitter
-        return chosen, left.masked_fill(far, _NEG).softmax(-1).gather(1, chosen)
+        return left.masked_fill(far, _NEG).softmax(-1).gather(1, chosen)
 
-    first, w_first = pick(z_TE)
-    second, w_second = pick(z_TE.scatter(1, first, _NEG))
-    return torch.cat([first, second], 1), torch.cat([w_first, w_second], 1)
+    first, second = ids.split(1, dim=1)
+    return ids, torch.cat([weigh(z_TE, first), weigh(z_TE.scatter(1, first, _NEG), second)], 1)
 
 
 def _by_table(table: Tensor | None, input_ids: Tensor | None) -> Tensor:

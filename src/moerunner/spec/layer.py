@@ -78,6 +78,8 @@ class MoESpec:
             refuse(f"{w}.top_k", f"chooses {self.top_k} of {choosable // r.modalities} experts")
         if r.modalities > 1 and self.zero_experts:
             refuse(f"{w}.zero_experts", "do not combine with expert sets by token type")
+        if r.modalities > 1 and self.experts.row_norm is not None:
+            refuse("ExpertsSpec.row_norm", "does not combine with expert sets by token type")
         sizes = self.experts.intermediate_size
         if isinstance(sizes, tuple) and len(sizes) != r.modalities:
             refuse("ExpertsSpec.intermediate_size", f"gives {len(sizes)} widths for {r.modalities} expert sets")
