@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,7 +121,7 @@ class MoERunner(nn.Module):
         """This rank's tensors as they are now."""
         if self._source is not None:
             return self._source()
-        return _map_tensors(self._template, lambda name, _: getattr(self, name))
+        return self._template.map(lambda name, _: getattr(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_verbs": {}}  # bound functions are made again in the copy
@@ -174,17 +173,6 @@ def _requires_grad(w: LayerWeights) -> bool:
     )
 
 
-def _map_tensors(w: LayerWeights, change: Callable[[str, Tensor], Tensor]) -> LayerWeights:
-    sets = []
-    for index, one in enumerate(w.experts):
-        suffix = f"_{index}" if len(w.experts) > 1 else ""
-        tensors = {n: dataclasses.replace(e, tensor=change(n + suffix, e.tensor)) for n, e in one.tensors.items()}
-        sets.append(dataclasses.replace(one, tensors=tensors))
-    return dataclasses.replace(
-        w, experts=tuple(sets), tensors={n: change(n.replace(".", "_"), t) for n, t in w.tensors.items()}
-    )
-
-
 def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:
     """Registers every tensor with the module, under its name with dots as underscores."""
 
@@ -198,4 +186,4 @@ def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:
     for name, function in w.functions.items():
         if isinstance(function, nn.Module):
             module.add_module(name.replace(".", "_"), function)
-    return _map_tensors(w, register)
+    return w.map(register)

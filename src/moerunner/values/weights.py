@@ -189,6 +189,16 @@ class LayerWeights:
             raise WeightsError("; ".join(problems), where="weights")
         return cls(experts, tensors, functions)
 
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> LayerWeights:
+        """Every tensor replaced by `change(name, tensor)`; the names have no dots, sets beyond one end in _0, _1, ..."""
+        sets = []
+        for index, one in enumerate(self.experts):
+            suffix = f"_{index}" if len(self.experts) > 1 else ""
+            entries = {n: dataclasses.replace(e, tensor=change(n + suffix, e.tensor)) for n, e in one.tensors.items()}
+            sets.append(dataclasses.replace(one, tensors=entries))
+        tensors = {n: change(n.replace(".", "_"), t) for n, t in self.tensors.items()}
+        return dataclasses.replace(self, experts=tuple(sets), tensors=tensors)
+
     def meta(self) -> dict[str, TensorMeta]:
         """Shapes, strides, dtypes and formats of everything, no tensors: the input of `resolve`."""
         metas = {name: _meta(tensor) for name, tensor in self.tensors.items()}
