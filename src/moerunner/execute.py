@@ -26,7 +26,7 @@ from moerunner.parallel.pairs import Pair, SlotMap, Trip
 from moerunner.plan import Plan, Step
 from moerunner.shared import SharedExperts
 from moerunner.spec import Custom, Linear, RMSNorm, TransformSpec
-from moerunner.values import LayerWeights, TopK
+from moerunner.values import ExpertWeights, LayerWeights, TopK
 
 Unary = Callable[[Tensor, LayerWeights], Tensor]
 _PAIRS: dict[str, Pair] = {module.INFO.name: module for module in (local, allgather, alltoall)}  # type: ignore[misc]
@@ -53,13 +53,13 @@ class Verbs:
         self._scales_weights, self._route_name = self._only("route").scales, self._only("route").name
         scale = plan.step("scale") or next((s for s in plan.steps if s.verb == "experts" and s.scales), None)
         self._scale_name = scale.name if scale is not None else ""
-        adds_once = all(comm.coordinates[a] == 0 for a in self._experts_step.axes if a == "tp")
         on_input = self.spec.routing.weights_on == "input"
         self._call = ExpertsCall(
             activation=self.spec.experts.activation,
             input_weighting=on_input,
             output="summed" if self._experts_step.sums else "rows",
-            down_bias=adds_once,
+            down_bias=comm.coordinates["tp"] == 0,
+            scale=self.spec.routed_scaling_factor if self._experts_step.scales else 1.0,
         )
         shared, zero = plan.step("shared"), plan.step("zero")
         self._shared = None
@@ -111,7 +111,7 @@ class Verbs:
         if s.verb == "row_norm":
             norm = spec.experts.row_norm
             assert norm is not None
-            return lambda y, w: rms_norm(y, w.experts[0].get("row_norm"), norm.eps)
+            return lambda y, w: rms_norm(y, _cut(w.experts[0].get("row_norm"), norm.features), norm.eps)
         return lambda y, w: _transform(s.verb, spec.transforms()[s.verb], y, w, self.dtype)
 
     def route(
@@ -171,6 +171,9 @@ class Verbs:
         if self._shared is not None and self._shared.spec.gate == "router" and topk.shared_weights is None:
             raise SpecError("shared experts are weighted by the router", where="topk", next_step="Pass shared_weights")
         physical = topk.space == "physical"
+        if physical and spec.zero_experts:
+            what = "are slots of a placement, in which zero experts have none"
+            raise SpecError(what, where="topk ids", next_step="Pass logical ids")
         check_ids(ids, self._slots.per_rank * len(self._slots.slots) if physical else spec.num_experts + spec.zero_experts)
         if topk.scaled and self._scale_name:
             what = "applies the routed scaling factor a second time, the weights that were passed hold it"
@@ -199,16 +202,20 @@ class Verbs:
     def experts(self, x_RH: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
         """This rank's experts; each modality set takes the slots that are its own."""
         if len(w.experts) == 1:
-            return self._backend.run(x_RH, trip.topk, w.experts[0], self._call)
+            return self._run(x_RH, trip.topk, w.experts[0])
         total, first = None, 0
         for experts in w.experts:
             count = experts.num_experts
             ids = trip.topk.ids - first
             own = dataclasses.replace(trip.topk, ids=torch.where((ids >= 0) & (ids < count), ids, -1))
-            y = self._backend.run(x_RH, own, experts, self._call)
+            y = self._run(x_RH, own, experts)
             total, first = y if total is None else total + y, first + count
         assert total is not None
         return total
+
+    def _run(self, x_RH: Tensor, topk: TopK, experts: ExpertWeights) -> Tensor:
+        x_RH = x_RH.clone() if self._backend.INFO.writes_input else x_RH
+        return self._backend.run(x_RH, topk, experts, self._call)
 
     def combine(self, y: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
         """Weighted, summed and back on the token's rank, as far as the experts and the pair have not done so."""
@@ -235,6 +242,10 @@ class Verbs:
 _UNARY = {
     "pad", "trim", "scale", "select", "shard", "reduce", "row_norm", "input_transform", "output_transform", "final_transform"
 }  # fmt: skip
+
+
+def _cut(weight: Tensor | None, width: int) -> Tensor | None:
+    return None if weight is None else weight[:width]
 
 
 def _per_token(name: str, values: Tensor | None, tokens: int) -> Tensor | None:

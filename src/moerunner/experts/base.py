@@ -62,7 +62,10 @@ class BackendInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a plan needs of a backend. strides and shapes: of w13 and w2, in elements."""
+    """What a plan needs of a backend. strides and shapes: of w13 and w2, in elements.
+
+    id_minus_one: slots without an expert may come; every caller may pass them, so they do unless a caller knows better.
+    """
 
     device: str
     dtype: str
@@ -74,6 +77,7 @@ class Request:
     bias: bool = False
     input_weighting: bool = False
     rows: bool = False
+    id_minus_one: bool = True
     grad: bool = False
     deterministic: bool = False
     batch_invariant: bool = False
@@ -86,12 +90,14 @@ class ExpertsCall:
 
     output: `summed` [T, H] in float32, weighted and summed over the slots; `rows` [T, K, H], one unweighted row per slot,
     zeros where the id is -1. down_bias: whether this rank adds b2 (one rank of a tensor-parallel group does).
+    scale: the routed scaling factor for a backend that `applies_scale`, 1 where it is applied elsewhere.
     """
 
     activation: ActivationSpec
     input_weighting: bool = False
     output: Literal["summed", "rows"] = "summed"
     down_bias: bool = True
+    scale: float = 1.0
 
 
 class Backend(Protocol):
@@ -126,6 +132,8 @@ def refusals(info: BackendInfo, request: Request) -> list[str]:
     for flag in ("bias", "input_weighting"):
         if getattr(request, flag) and not getattr(info, flag):
             reasons.append(f"has no {flag.replace('_', ' ')}")
+    if request.id_minus_one and not info.id_minus_one:
+        reasons.append("does not skip slots without an expert (id -1)")
     if request.rows and not info.row_output:
         reasons.append("does not return rows")
     if request.grad and not info.backward:

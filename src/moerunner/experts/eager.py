@@ -47,7 +47,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         h = activate(h, call.activation, gate_up=weights.gate_up)
         rows.append(linear(h, weights.w2[e], None if b2 is None else b2[e]))
         start = stop
-    y_RH = torch.cat(rows) if rows else x_TH.new_zeros(0, weights.w2.shape[1])
+    y_RH = torch.cat(rows) if rows else linear(x_TH.new_zeros(0, weights.w2.shape[2]), weights.w2[0])
     if call.output == "rows":
         return rows_by_slot(y_RH, order)
     return weighted_sum(y_RH, None if call.input_weighting else topk.weights, order)

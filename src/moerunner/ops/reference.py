@@ -176,7 +176,7 @@ def _sparsemixer(z: list[float], jitter: float) -> tuple[list[int], list[float]]
     for _ in range(2):
         left = [e for e in range(len(z)) if e not in ids]
         best = max(left, key=lambda e: (z[e], -e))
-        near = [e for e in left if (z[best] - z[e]) / max(abs(z[e]), z[best]) <= 2 * jitter]
+        near = [e for e in left if z[e] == z[best] or (z[best] - z[e]) / max(abs(z[e]), z[best]) <= 2 * jitter]
         w.append(1 / sum(math.exp(z[e] - z[best]) for e in near))
         ids.append(best)
     return ids, w

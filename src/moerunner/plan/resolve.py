@@ -85,7 +85,8 @@ class _Builder:
         self._experts(pair)
         follows = [spec.output_transform, spec.shared, spec.final_transform, spec.zero_experts, spec.output_bias]
         early = any(bool(f) for f in follows)
-        if padded != spec.routed_hidden_size and early:
+        trimmed = padded == spec.routed_hidden_size or spec.experts.row_norm is not None
+        if not trimmed and early:
             self.add("trim", width=spec.routed_hidden_size, reason="before what reads the true width")
         if spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0:
             experts = next(s for s in self.steps if s.verb == "experts")
@@ -99,7 +100,7 @@ class _Builder:
             self._reduce_before(spec.final_transform, "out", "final_transform")
             self._transform("final_transform", spec.final_transform, "out")
         self._output()
-        if padded != spec.routed_hidden_size and not early:
+        if not trimmed and not early:
             self.add("trim", value="out", at="finish", width=spec.routed_hidden_size, reason="nothing reads it before")
         return self.finish(tuple(self.steps))
 
@@ -190,7 +191,9 @@ class _Builder:
             scales=applies and not rows,
         )
         if e.row_norm is not None:
-            if "tp" in axes:
+            if self.meta["experts.0.w2"].shape[1] != spec.routed_hidden_size:
+                self.add("trim", width=spec.routed_hidden_size, at="row_norm", reason="before what reads the true width")
+            if "tp" in axes and not info.reduced:
                 why = "a norm of the expert's whole row, each rank has a partial sum of it"
                 self.add("reduce", axes=("tp",), at="row_norm", dtype=self.reduce_dtype, reason=why)
             self.add("row_norm", kernel="RMSNorm")

@@ -81,6 +81,8 @@ class ValueState:
         if self.summed or self.weighted:
             fact = "summed" if self.summed else "weighted"
             self._refuse(step, fact, f"norms each expert's row, but the rows are already {fact}")
+        if self.padded_to != self.width:
+            self._refuse(step, "padded", f"norms {self.padded_to} features of which {self.width} are true")
         if "tp" in self.partial_axes:
             self._refuse(step, "placed on tp", "norms rows that are partial sums over tp")
         return self._set(step, ("row norm",))
