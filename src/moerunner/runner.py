@@ -126,6 +126,14 @@ class MoERunner(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_verbs": {}}  # bound functions are made again in the copy
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoERunner:
+        """The correction bias keeps its dtype in `runner.to(bfloat16)`: rounded, it would choose other experts."""
+        exact = getattr(self, "selection_bias", torch.empty(0)).detach()
+        super()._apply(fn, recurse)
+        bias = getattr(self, "selection_bias", exact)
+        bias.data = exact.to(bias.device) if bias.dtype != exact.dtype else bias.data
+        return self
+
     def _enter(self, x: Tensor, w: LayerWeights) -> tuple[Verbs, Tensor]:
         """The plan for these tokens as functions, and the tokens as [T, H]."""
         w2 = w.experts[0].w2

@@ -101,8 +101,6 @@ class MoESpec:
                 f"{w}.apply_routed_scale_to_output",
                 "the router weighs the shared experts too, so the factor is in the weights",
             )
-        if r.modalities > 1 and self.experts.row_norm is not None:
-            refuse("ExpertsSpec.row_norm", "does not combine with expert sets by token type")
         if r.weights_on == "input":
             clash = [n for n in ("experts.bias", "experts.row_norm") if getattr(self.experts, n.split(".")[1])]
             if self.zero_experts:
