@@ -1,0 +1,86 @@
+"""`moerunner generate`: a model folder and a prompt to text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from moerunner.cli.shell import (
+    Answer,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    Screen,
+    count,
+    quiet_transformers,
+    torch_device,
+    torch_dtype,
+    verb,
+)
+from moerunner.errors import CheckpointError
+
+
+@verb
+def run(
+    path: Annotated[str, typer.Argument(help="Folder of a model: config.json, safetensors, tokenizer.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="At most so many tokens; 1k works.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, above it samples.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share of the mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Continue a prompt. The text streams to stdout, the speed is said on stderr."""
+    quiet_transformers()
+    from moerunner.generate import generate
+    from moerunner.models.adapt import load
+
+    screen = Screen(quiet=json)
+    with screen.progress(f"loading {path}"):
+        model = load(path, dtype=torch_dtype(dtype), device=torch_device(device))
+        tokenizer = load_tokenizer(path)
+    made = generate(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stream=screen.write,
+    )
+    screen.say()
+    if not json:
+        print(speed(made), file=sys.stderr)
+    return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict()})
+
+
+def speed(made: Any) -> str:
+    """One line on how fast a text came."""
+    return (
+        f"{made.new_tokens} tokens, {made.tokens_per_second:.1f} tokens/s, "
+        f"the first after {made.first_token_seconds:.2f} s ({made.prompt_tokens} tokens in the prompt)"
+    )
+
+
+def load_tokenizer(path: Any) -> Any:
+    """The tokenizer of a model folder; text cannot be made without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:  # what Transformers raises for absent and for broken files
+        raise CheckpointError(
+            "has no tokenizer that Transformers can read",
+            where=str(path),
+            next_step="Put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error

@@ -1,0 +1,90 @@
+"""`moerunner verify`: is what moerunner computes right?"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from moerunner.cli.shell import (
+    MISMATCH,
+    OK,
+    Answer,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    Screen,
+    SeedOption,
+    count,
+    quiet_transformers,
+    torch_device,
+    torch_dtype,
+    verb,
+)
+
+HEADERS = (
+    "layer",
+    "vs Transformers",
+    "vs float64",
+    "Transformers vs float64",
+    "same experts",
+    "tied",
+    "worst token / expert",
+)
+
+
+@verb
+def run(
+    path: Annotated[str | None, typer.Argument(help="Folder of a model: config.json and safetensors.")] = None,
+    family: Annotated[str | None, typer.Option(help="A tiny random model of this model_type instead.")] = None,
+    text: Annotated[str | None, typer.Option(help="What to run on; by default moerunner's own source.")] = None,
+    tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="At most so many tokens; 1k works.")] = 128,
+    oracle_tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="Of these, so many in float64.")] = 8,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> Answer:
+    """Compare each MoE layer, and the whole model, with Transformers and with a float64 oracle."""
+    if (path is None) == (family is None):
+        raise typer.BadParameter("give the folder of a model, or --family NAME, and not both")
+    quiet_transformers()
+    from moerunner.verify import verify
+
+    screen = Screen(quiet=json)
+    with screen.progress(f"comparing {path or family}"):
+        report = verify(
+            path,
+            family=family,
+            text=text,
+            num_tokens=tokens,
+            oracle_tokens=oracle_tokens,
+            dtype=torch_dtype(dtype),
+            device=torch_device(device),
+            seed=seed,
+        )
+    screen.say(f"{report.model}, {report.dtype} on {report.device}, {report.tokens} tokens ({report.sample})\n")
+    show(screen, report)
+    return Answer(report.to_dict(), OK if report.ok else MISMATCH)
+
+
+def show(screen: Screen, report: Any) -> None:
+    """The layers as a table, then the verdict."""
+    if report.layers:
+        screen.table(HEADERS, [_row(layer) for layer in report.layers])
+        screen.say()
+    for line in report.skipped:
+        screen.say(f"not compared: {line}")
+    for layer in report.layers:
+        for note in layer.notes:
+            screen.say(f"note: {layer.name}: {note}")
+    screen.say(str(report))
+
+
+def _row(layer: Any) -> list[str]:
+    worst = "-" if layer.worst_expert is None else f"{layer.worst_token} / {layer.worst_expert}"
+    errors = (layer.vs_transformers, layer.vs_oracle, layer.transformers_vs_oracle)
+    return [layer.name, *(f"{e.max:.1e}" for e in errors), f"{layer.same_experts:.1%}", str(layer.tied), worst]

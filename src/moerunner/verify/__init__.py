@@ -1,0 +1,176 @@
+"""Proves that a patched model computes what Transformers computes: layer by layer, then end to end.
+
+The model runs once as Transformers wrote it, and every MoE block's input, output and choice of experts are kept. Then the
+patched block runs on the *same* input, so that no error is carried from layer to layer, and both are held against the float64
+oracle. In bf16 and fp16 the router's logits tie at the k-th place in several percent of the tokens: there the experts that
+Transformers chose are replayed, and routing is compared apart. Where two routings differ the token must be a tie, that is,
+rounding its logits to the dtype must change the oracle's choice; anything else is a mismatch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerunner.errors import SpecError, UnsupportedError
+from moerunner.models import adapt
+from moerunner.verify.capture import recorded
+from moerunner.verify.layer import Comparison
+from moerunner.verify.report import Difference, LayerCheck, VerifyReport, difference
+from moerunner.verify.tiny import tiny_model
+
+__all__ = ["Difference", "LayerCheck", "VerifyReport", "damaged_weights", "difference", "tiny_model", "verify"]
+
+LOGITS_BOUND = 1e-5  # float32, end to end
+
+
+def verify(
+    model: Any = None,
+    *,
+    family: str | None = None,
+    tokenizer: Any = None,
+    text: str | None = None,
+    input_ids: Tensor | None = None,
+    num_tokens: int = 128,
+    oracle_tokens: int = 8,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> VerifyReport:
+    """Runs a model with and without moerunner on the same tokens and compares. A model is left patched or not, as it was.
+
+    Args:
+        model: a Transformers model, or the folder of one. It keeps its dtype and device unless they are given.
+        family: instead of a model, the `model_type` of which a tiny random one is built, in float32 unless dtype is given.
+        tokenizer: makes tokens of the text; a folder brings its own. Without one, tokens are drawn from `seed`.
+        text: what to run on, the source of this module by default.
+        input_ids: [1, T] tokens, instead of a text.
+        num_tokens: at most so many tokens, and no more than the model has positions.
+        oracle_tokens: how many tokens of each layer are computed in float64; the worst is always one of them.
+    """
+    start = time.perf_counter()
+    if (model is None) == (family is None):
+        raise SpecError("needs a model or a family, and not both", where="verify")
+    name = family or (str(model) if isinstance(model, str | Path) else type(model).__name__)
+    if family is not None:
+        net = _cast(tiny_model(family, seed=seed), dtype)
+    elif isinstance(model, str | Path):
+        net = adapt.load(model, dtype=dtype, device=device)
+        tokenizer = tokenizer or _tokenizer(model)
+    else:
+        net = _cast(model, dtype)
+    if device is not None:
+        net = net.to(device)
+    if input_ids is None:
+        input_ids, sample = _sample(net, tokenizer, text, num_tokens, seed)
+    else:
+        sample = "the tokens given"
+    weight = net.get_input_embeddings().weight
+    facts = {"model": name, "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
+    facts |= {"sample": sample, "tokens": input_ids.shape[1]}
+    damaged = damaged_weights(net)
+    if damaged:
+        return VerifyReport(**facts, damaged=damaged, seconds=time.perf_counter() - start)
+    with _as_it_was(net), torch.no_grad():
+        compared = _compare(net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
+    return VerifyReport(**facts, **compared, seconds=time.perf_counter() - start)
+
+
+def _cast(model: Any, dtype: torch.dtype | None) -> Any:
+    """In place, the parameters only: Transformers too keeps correction biases and rotary frequencies in float32."""
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def damaged_weights(model: nn.Module) -> list[str]:
+    """The parameters and saved buffers with values that are not finite. The safetensors format has no checksum."""
+    found = []
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float())).sum())
+            if bad:
+                found.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
+    return found
+
+
+def _tokenizer(path: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):  # what Transformers raises for a folder without a tokenizer
+        return None
+
+
+def _sample(model: Any, tokenizer: Any, text: str | None, count: int, seed: int) -> tuple[Tensor, str]:
+    config = model.config.get_text_config()
+    count = min(count, getattr(config, "max_position_embeddings", count))
+    if tokenizer is None:
+        if text is not None:
+            raise SpecError("a text needs a tokenizer", where="verify", next_step="Pass tokenizer, or input_ids")
+        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
+        return ids, f"random tokens, seed {seed}"
+    source = inspect.getsource(sys.modules[__name__]) if text is None else text
+    ids = tokenizer(source, return_tensors="pt")["input_ids"][:, :count]
+    if not ids.shape[1]:
+        raise SpecError("the text has no tokens", where="verify", next_step="Give a longer one")
+    return ids, "moerunner's own source" if text is None else "the text given"
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Eval mode inside; afterwards patched or not, training or not, as before."""
+    patched, training = bool(adapt.runners(model)), model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if patched:
+            adapt.patch(model)
+        else:
+            adapt.unpatch(model)
+        model.train(training)
+
+
+def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: int) -> dict[str, Any]:
+    report = adapt.patch(model)
+    replaced = {r.name: r for r in report.replaced}
+    skipped = [f"{s.name}: {s.reason}" for s in report.skipped]
+    if not replaced:
+        raise UnsupportedError("; ".join(skipped) or "has no MoE block that moerunner knows", where=type(model).__name__)
+    adapt.unpatch(model)
+    with recorded(model, list(replaced)) as calls:
+        expected = model(input_ids=input_ids, use_cache=False).logits
+    adapt.patch(model)
+    actual = model(input_ids=input_ids, use_cache=False).logits
+    runners, layers, first_tie = adapt.runners(model), [], input_ids.shape[1]
+    for name, call in calls.items():
+        comparison = Comparison(name, model.get_submodule(name), runners[name], call, dtype)
+        layer, tie = comparison.check(replaced[name].family, replaced[name].backend, oracle_tokens)
+        layers.append(layer)
+        first_tie = min(first_tie, tie)
+    logits, problems = difference(actual, expected), []
+    judged_tokens = first_tie if dtype == torch.float32 else 0
+    judged = difference(actual[:, :judged_tokens], expected[:, :judged_tokens]).max
+    if not math.isfinite(logits.max):
+        problems.append("logits: not all are finite")
+    elif judged > LOGITS_BOUND:
+        problems.append(f"logits: {judged:.1e} from Transformers, allowed {LOGITS_BOUND:.0e}")
+    return {
+        "layers": layers,
+        "logits": logits,
+        "judged_tokens": judged_tokens,
+        "same_top_token": int((actual.argmax(-1) == expected.argmax(-1)).sum()),
+        "skipped": skipped + [f"{name}: not reached by these tokens" for name in replaced if name not in calls],
+        "problems": problems,
+    }

@@ -1,0 +1,187 @@
+"""Whatever is wrong with the input: one line that says what and what next, the right exit code, no traceback."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "model.safetensors"
+
+
+def refused(outcome, code, *words):
+    assert outcome.code == code, outcome
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("moerunner: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture(params=["verify", "generate"])
+def on(request, cli):
+    """Each verb that reads a folder."""
+    return lambda path: cli("verify", path) if request.param == "verify" else cli("generate", path, "abc")
+
+
+def test_a_path_that_does_not_exist(on, tmp_path):
+    refused(on(tmp_path / "nothing"), 2, "nothing", "does not exist", "config.json")
+
+
+def test_a_file_in_place_of_a_folder(on, folder):
+    refused(on(folder / "config.json"), 2, "is not a folder")
+
+
+def test_an_empty_folder(on, tmp_path):
+    refused(on(tmp_path), 2, "config.json", "is missing")
+
+
+def test_a_config_that_is_not_json(on, folder):
+    (folder / "config.json").write_text("{broken")
+    refused(on(folder), 2, "config.json", "is not JSON")
+
+
+def test_a_config_with_impossible_values(on, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 99}))
+    refused(on(folder), 2, "99")
+
+
+def test_a_folder_without_weights(on, folder):
+    (folder / WEIGHTS).unlink()
+    refused(on(folder), 2, "holds no weights", "safetensors")
+
+
+def test_a_truncated_file(on, folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    refused(on(folder), 2, WEIGHTS, "damaged")
+
+
+def test_a_missing_tensor_is_named(on, folder):
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.gate.weight"))
+    refused(on(folder), 2, "model.layers.1.mlp.gate.weight")
+
+
+def test_a_missing_expert_is_named(on, folder):
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.5.up_proj.weight"))
+    refused(on(folder), 2, "model.layers.2.mlp.experts")
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(on, folder):
+    def cut(tensors):
+        tensors["model.layers.1.mlp.gate.weight"] = tensors["model.layers.1.mlp.gate.weight"][:-1].clone()
+
+    change_weights(folder, cut)
+    refused(on(folder), 2, "model.layers.1.mlp.gate.weight")
+
+
+def test_a_model_without_moe_blocks_cannot_be_verified(cli, tmp_path):
+    from moerunner.verify import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    refused(cli("verify", tmp_path / "llama"), 3, "LlamaForCausalLM", "no MoE block")
+
+
+def test_a_model_type_that_transformers_does_not_know(on, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
+    refused(on(folder), 3, "no_such_model")
+
+
+def test_a_family_that_does_not_exist(cli):
+    refused(cli("verify", "--family", "no_such_family"), 3, "no_such_family")
+
+
+def test_a_family_without_moe_blocks(cli):
+    refused(cli("verify", "--family", "llama"), 3, "LlamaForCausalLM")
+
+
+def test_a_weight_that_is_not_finite_is_a_mismatch(cli, folder):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.shared_experts.up_proj.weight"][0, 0] = torch.nan
+
+    change_weights(folder, spoil)
+    outcome = cli("verify", folder)
+    assert outcome.code == 1
+    assert "model.layers.1.mlp.shared_experts.up_proj.weight: 1 of" in outcome.out
+
+
+def test_a_folder_without_a_tokenizer(cli, folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused(cli("generate", folder, "abc"), 2, "tokenizer.json")
+    outcome = cli("verify", folder, "--tokens", 16)
+    assert outcome.code == 0, "verify draws tokens instead"
+    assert "random tokens, seed 0" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--max-new-tokens", "1k"], ["1000", "512"]),
+        (["--top-p", "0.5"], ["top_p"]),
+        (["--top-k", "5"], ["top_k"]),
+    ],
+)
+def test_generate_with_options_that_cannot_work(cli, saved, args, words):
+    refused(cli("generate", saved, "abc", *args), 2, *words)
+
+
+def test_an_empty_prompt(cli, saved):
+    refused(cli("generate", saved, ""), 2, "prompt")
+
+
+def test_a_device_that_is_not_here(cli):
+    refused(cli("verify", "--family", "mixtral", "--device", "cuda:77"), 3, "cuda:77", "moerunner env")
+    refused(cli("verify", "--family", "mixtral", "--device", "abacus"), 3, "abacus")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["verify"],
+        ["verify", "somewhere", "--family", "mixtral"],
+        ["verify", "--family", "mixtral", "--dtype", "int8"],
+        ["verify", "--family", "mixtral", "--tokens", "0"],
+        ["verify", "--family", "mixtral", "--tokens", "1.5"],
+        ["verify", "--family", "mixtral", "--tokens", ""],
+        ["verify", "--family", "mixtral", "--tokens", "many"],
+        ["verify", "--no-such-option"],
+        ["generate"],
+        ["generate", "somewhere"],
+        ["generate", "somewhere", "text", "--temperature", "-1"],
+        ["generate", "somewhere", "text", "--temperature", "hot"],
+        ["no_such_verb"],
+    ],
+)
+def test_wrong_usage(cli, args):
+    outcome = cli(*args)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    assert "--help" in outcome.err
+
+
+def test_debug_shows_the_traceback(cli, tmp_path):
+    outcome = cli("verify", tmp_path / "nothing", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.strip().splitlines()[-1].startswith("moerunner: ")
+
+
+def test_an_error_with_json_is_json(cli, tmp_path):
+    outcome = cli("verify", tmp_path / "nothing", "--json")
+    assert outcome.code == 2
+    data = json.loads(outcome.out)
+    assert data["ok"] is False
+    assert data["error"]["kind"] == "CheckpointError"
+    assert "does not exist" in data["error"]["message"]

@@ -1,0 +1,84 @@
+"""The verbs and options are a promise: a change to them must change this file."""
+
+import subprocess
+import sys
+import time
+
+import typer.main
+
+from moerunner.cli import app
+
+SURFACE = {
+    "demo": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--json", "--debug"},
+    "verify": {
+        "path",
+        "--family",
+        "--text",
+        "--tokens",
+        "--oracle-tokens",
+        "--dtype",
+        "--device",
+        "--seed",
+        "--json",
+        "--debug",
+    },
+    "generate": {
+        "path",
+        "prompt",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--dtype",
+        "--device",
+        "--json",
+        "--debug",
+    },
+    "env": {"--json", "--debug"},
+}
+
+
+def test_the_verbs_and_their_options_are_these():
+    verbs = typer.main.get_command(app).commands
+    found = {
+        name: {opt for param in verb.params for opt in param.opts if opt not in ("--help", "-h")}
+        for name, verb in verbs.items()
+    }
+    assert found == SURFACE
+
+
+def test_every_option_says_what_it_does():
+    verbs = typer.main.get_command(app).commands
+    silent = [f"{name} {p.opts}" for name, verb in verbs.items() for p in verb.params if not p.help]
+    assert not silent
+    assert all(verb.help for verb in verbs.values())
+
+
+def test_help_is_fast_and_needs_no_torch():
+    code = (
+        "import sys; from moerunner.cli import app\n"
+        "try: app(['--help'])\n"
+        "finally: assert not {'torch', 'transformers', 'rich'} & set(sys.modules), 'imported for --help'"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert "verify" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_no_arguments_give_the_help(cli):
+    outcome = cli()
+    assert "Usage: moerunner" in outcome.out + outcome.err
+    assert outcome.code in (0, 2), "Typer's own choice, it differs between its releases"
+
+
+def test_the_version(cli):
+    import moerunner
+
+    outcome = cli("--version")
+    assert (outcome.code, outcome.out) == (0, f"moerunner {moerunner.__version__}\n")

@@ -1,0 +1,248 @@
+"""What each verb prints and returns when the input is good, and when the model is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moerunner.cli import demo, env, shell
+from moerunner.runner import MoERunner
+
+FEW = ("--tokens", 24, "--oracle-tokens", 2)
+
+
+def no_constants(text):
+    raise AssertionError(f"{text} is not JSON")
+
+
+def parsed(outcome):
+    """The only thing on stdout, read strictly."""
+    return json.loads(outcome.out, parse_constant=no_constants)
+
+
+@pytest.fixture
+def doubled(monkeypatch):
+    """Every runner's output is twice what it should be."""
+    right = MoERunner.forward
+    monkeypatch.setattr(MoERunner, "forward", lambda self, x, **inputs: 2 * right(self, x, **inputs))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_verify_a_family(cli, family):
+    outcome = cli("verify", "--family", family, *FEW)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert f"{family}, float32 on " in outcome.out
+    assert "random tokens, seed 0" in outcome.out
+    assert "model.layers.1.mlp" in outcome.out
+    assert "\nok: " in outcome.out
+
+
+def test_verify_a_folder(cli, saved):
+    outcome = cli("verify", saved, *FEW)
+    assert outcome.code == 0
+    assert "24 tokens (moerunner's own source)" in outcome.out
+    data = parsed(cli("verify", saved, "--text", "abc def", "--json"))
+    assert data["ok"] is True
+    assert (data["tokens"], data["sample"]) == (7, "the text given")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_verify_in_low_precision(cli, saved, dtype):
+    data = parsed(cli("verify", saved, "--dtype", dtype, "--json", *FEW))
+    assert (data["ok"], data["dtype"]) == (True, dtype)
+    assert all(layer["vs_oracle"]["max"] > 1e-5 for layer in data["layers"])
+
+
+@pytest.mark.usefixtures("doubled")
+def test_verify_finds_a_wrong_layer(cli, saved):
+    outcome = cli("verify", saved, *FEW)
+    assert outcome.code == 1
+    assert "MISMATCH" in outcome.out
+    assert "model.layers.2.mlp: output" in outcome.out
+    data = parsed(cli("verify", saved, "--json", *FEW))
+    assert data["ok"] is False
+    assert any(reason.startswith("model.layers.2.mlp: output") for reason in data["reasons"])
+
+
+def test_infinity_is_still_json(cli, monkeypatch):
+    right = MoERunner.forward
+    monkeypatch.setattr(MoERunner, "forward", lambda self, x, **inputs: torch.inf * right(self, x, **inputs))
+    outcome = cli("verify", "--family", "mixtral", "--json", *FEW)
+    assert outcome.code == 1
+    assert parsed(outcome)["layers"][0]["vs_transformers"]["max"] == "inf"
+
+
+def test_generate_streams_the_text_and_tells_the_speed_apart(cli, saved):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    inputs = tokenizer("def f(", return_tensors="pt")
+    tokens = model.generate(input_ids=inputs["input_ids"], max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(tokens[0, 6:], skip_special_tokens=True)
+    outcome = cli("generate", saved, "def f(", "--max-new-tokens", 8)
+    assert outcome.code == 0
+    assert outcome.out == expected + "\n"
+    assert "tokens/s" in outcome.err
+    data = parsed(cli("generate", saved, "def f(", "--max-new-tokens", 8, "--json"))
+    assert data["text"] == expected
+    assert data["prompt_tokens"] == 6
+
+
+def test_env_for_people_and_for_machines(cli):
+    outcome = cli("env")
+    assert outcome.code == 0
+    for word in ("torch", "cpu", "gpu", "eager", "trial   ok"):
+        assert word in outcome.out
+    data = parsed(cli("env", "--json"))
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["smoke"]["ok"]
+    assert {"name", "available", "reason"} == set(data["backends"][0])
+
+
+def test_env_tells_no_paths(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "someone"))
+    text = cli("env", "--json").out
+    assert "someone" not in text
+    assert sys.prefix not in text
+
+
+@pytest.mark.usefixtures("doubled")
+def test_env_says_when_this_machine_computes_wrongly(cli):
+    outcome = cli("env")
+    assert outcome.code == 4
+    assert "trial   WRONG" in outcome.out
+
+
+@pytest.fixture
+def shipped():
+    try:
+        return demo.shipped_model()
+    except shell.MoEError:
+        pytest.skip("the shipped model is not built")
+
+
+@pytest.mark.usefixtures("shipped")
+def test_demo(cli):
+    outcome = cli("demo", "--max-new-tokens", 12)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    for word in ("deepseek_v3", "held-out loss", "model.layers.5.mlp", "busiest", "def quicksort(", "tokens/s", "s in all"):
+        assert word in outcome.out
+    assert "the same text" in outcome.out
+    assert "\nok: 5 MoE layers" in outcome.out
+
+
+@pytest.mark.usefixtures("shipped")
+def test_demo_for_machines(cli):
+    data = parsed(cli("demo", "--max-new-tokens", 4, "--json"))
+    assert data["ok"] is True
+    assert data["same_text"] is True
+    assert data["generated"]["new_tokens"] == 4
+    assert len(data["verify"]["layers"]) == 5
+    assert data["training"]["heldout_loss"] < 3
+
+
+@pytest.mark.usefixtures("shipped", "doubled")
+def test_demo_fails_if_the_layers_are_wrong(cli):
+    outcome = cli("demo", "--max-new-tokens", 4)
+    assert outcome.code == 1
+    assert "MISMATCH" in outcome.out
+
+
+def test_demo_without_its_model_is_bad_input(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo.resources, "files", lambda _: tmp_path)
+    outcome = cli("demo")
+    assert outcome.code == 2
+    assert "shipped model" in outcome.err
+
+
+# ---- what every verb shares
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("kernel\nfailed"), 4, "RuntimeError: kernel failed. Run again with --debug"),
+        (torch.OutOfMemoryError("too much"), 4, "out of memory: too much. Choose a smaller --dtype"),
+        (MemoryError(), 4, "out of memory"),
+        (ImportError("No module named 'x'"), 3, "pip install"),
+        (PermissionError(13, "Permission denied", "weights"), 2, "weights"),
+    ],
+)
+def test_errors_become_one_line_and_a_code(cli, monkeypatch, error, code, words):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("moerunner.env.collect", fail)
+    outcome = cli("env")
+    assert outcome.code == code
+    assert words in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "number"), [("7", 7), ("1k", 1000), ("1K", 1024), ("1.5k", 1500), ("2m", 2_000_000)])
+def test_readable_numbers(text, number):
+    assert shell.count(text) == number
+
+
+def test_a_table_has_lines_only_on_a_terminal(capsys):
+    screen = shell.Screen()
+    screen.table(["name", "count"], [["a", "1"], ["bb", "22"]])
+    assert capsys.readouterr().out == "name  count\na         1\nbb       22\n"
+    screen.terminal = True
+    screen.table(["name", "count"], [["a", "1"]])
+    assert "│" in capsys.readouterr().out
+
+
+def test_bars_in_a_terminal_without_unicode(capsys, monkeypatch):
+    class Layer:
+        name, load, imbalance = "layer", [0, 4, 8], 2.0
+
+    class Report:
+        layers = [Layer]
+
+    monkeypatch.setattr(demo, "encoding", lambda: "ascii")
+    demo.show_load(shell.Screen(), Report)
+    assert " 48" in capsys.readouterr().out
+
+
+def moerunner(*args, **options):
+    return subprocess.Popen([sys.executable, "-m", "moerunner", *args], stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_module_is_a_program():
+    process = moerunner("verify", "--family", "mixtral", "--tokens", "8", "--json", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["ok"] is True
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    process = moerunner("env", stdout=subprocess.PIPE)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 141
+    assert err == ""
+
+
+def test_an_interrupt_is_no_traceback(saved):
+    args = ("generate", str(saved), "abc", "--max-new-tokens", "500")
+    process = moerunner(*args, stdout=subprocess.PIPE)
+    process.stdout.read(1)  # it writes
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip().splitlines() == ["moerunner: interrupted"]
+
+
+def test_env_collects_without_the_command_line():
+    from moerunner.env import collect
+
+    facts = collect()
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert env.run is not collect
