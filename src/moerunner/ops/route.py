@@ -83,8 +83,9 @@ def route(
     if r.score == "sparsemixer":
         ids, weights = _sparsemixer(z_TE, r.jitter)
         return _finish(ids, weights, None, spec, per_expert_scale, global_scale, scale)
-    if r.modalities > 1:
-        z_TE = _only_own_set(z_TE, r.modalities, token_types)
+    own_TE = _own_set(z_TE, r.modalities, token_types) if r.modalities > 1 else None
+    if own_TE is not None:
+        z_TE = torch.where(own_TE, z_TE, _NEG)
     score = _scores(z_TE, r)
     if r.choose == "hash":
         ids = _by_table(hash_table, input_ids)
@@ -92,8 +93,8 @@ def route(
         key = z_TE if score is None or r.choose == "logit" else score
         if selection_bias is not None:
             key = key + selection_bias.to(key.dtype).reshape(-1)
-        if r.modalities > 1:
-            key = torch.where(z_TE == _NEG, _NEG, key)
+        if own_TE is not None:
+            key = torch.where(own_TE, key, _NEG)
         if r.groups is not None:
             key = _keep_groups(key, r.groups)
         ids = stable_topk(key, spec.top_k)
@@ -155,11 +156,11 @@ def _by_table(table: Tensor | None, input_ids: Tensor | None) -> Tensor:
     return table[input_ids.reshape(-1)].to(torch.int64)
 
 
-def _only_own_set(z_TE: Tensor, sets: int, token_types: Tensor | None) -> Tensor:
+def _own_set(z_TE: Tensor, sets: int, token_types: Tensor | None) -> Tensor:
     if token_types is None:
         raise SpecError("needs the tokens' types", where="modality routing", next_step="Pass token_types to the runner")
     owner = torch.arange(z_TE.shape[1], device=z_TE.device) // (z_TE.shape[1] // sets)
-    return torch.where(owner == token_types.reshape(-1, 1), z_TE, _NEG)
+    return owner == token_types.reshape(-1, 1)
 
 
 def _simulate(spec: MoESpec, tokens: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
