@@ -99,9 +99,10 @@ def _route(spec: MoESpec, weights: LayerWeights, logits: list[float], token_id: 
     size = total // r.modalities
     allowed = range(kind * size, (kind + 1) * size)
     margin = math.inf
+    learned = float(weights.tensors["global_scale"].double()) if r.global_scale else 1.0
     if r.score == "sparsemixer":
         ids, w = _sparsemixer(z, r.jitter)
-        return Choice(ids, _times_scales(w, ids, weights), [], _gap(z, ids, allowed))
+        return Choice(ids, _times_scales(w, ids, weights, learned), [], _gap(z, ids, allowed))
     score = _scores(z, r.score, allowed)
     if r.choose == "hash":
         assert token_id is not None
@@ -130,11 +131,10 @@ def _route(spec: MoESpec, weights: LayerWeights, logits: list[float], token_id: 
         norm = sum_w + r.eps if r.renormalise == "sum" else max(sum_w, r.eps)
         w = [v / norm if norm else math.nan for v in w]
         shared = [v / norm if norm else math.nan for v in shared]
-    learned = float(weights.tensors["global_scale"].double()) if r.global_scale else 1.0
     return Choice(ids, _times_scales(w, ids, weights, learned), [v * learned for v in shared], margin)
 
 
-def _times_scales(w: list[float], ids: list[int], weights: LayerWeights, learned: float = 1.0) -> list[float]:
+def _times_scales(w: list[float], ids: list[int], weights: LayerWeights, learned: float) -> list[float]:
     scale = weights.tensors.get("per_expert_scale")
     return [v * learned * (1.0 if scale is None else float(scale.double()[e])) for v, e in zip(w, ids, strict=True)]
 
@@ -214,7 +214,8 @@ def _expert(spec: MoESpec, weights: LayerWeights, e: int, x: Tensor) -> Tensor:
     b13, b2 = experts.get("b13"), experts.get("b2")
     y = _mlp(x, w13, w2, _row(b13, e), _row(b2, e, width), spec.experts.activation, experts.gate_up)
     norm = spec.experts.row_norm
-    return y if norm is None else _rms(y, experts.get("row_norm"), norm.eps)
+    scale = experts.get("row_norm")
+    return y if norm is None else _rms(y, None if scale is None else scale[:width], norm.eps)
 
 
 def _row(bias: Tensor | None, e: int, width: int | None = None) -> Tensor | None:
