@@ -1,0 +1,23 @@
+"""Model families as data, and moerunner inside the models that have them."""
+
+from moerunner.models import experts_function, families
+from moerunner.models.adapt import load, patch, runners, unpatch
+from moerunner.models.entry import Family, Keys, Router, View
+from moerunner.models.report import Replaced, Report, Skipped
+
+__all__ = [
+    "Family",
+    "Keys",
+    "Replaced",
+    "Report",
+    "Router",
+    "Skipped",
+    "View",
+    "families",
+    "load",
+    "patch",
+    "runners",
+    "unpatch",
+]
+
+experts_function.install()

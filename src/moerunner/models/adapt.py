@@ -1,0 +1,114 @@
+"""`patch`, `unpatch` and `load`: moerunner inside a Transformers model, whose modules, names and tensors stay its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moerunner.errors import PlanError, UnsupportedError, WeightsError
+from moerunner.experts import registry
+from moerunner.models import folder
+from moerunner.models.block import forward_of, slot_of
+from moerunner.models.prepare import copied_bytes, prepare, sites
+from moerunner.models.report import Replaced, Report, Skipped
+from moerunner.parallel.layout import Layout
+from moerunner.plan import Options
+from moerunner.runner import MoERunner
+
+
+def patch(model: nn.Module, layout: Layout | None = None, backend: str = "auto") -> Report:
+    """Has moerunner run every MoE block of a model, in place; a block that cannot be run is left as it is and reported.
+
+    Only the `forward` of the blocks is replaced, and weights are read from the model's own tensors at each call: names,
+    hooks, saving, training, copies of the model, `.to()` go on as before. A block that is changed later in a way that the
+    runner cannot honour (an adapter, a hook on its experts) warns and runs its own forward. Patching twice changes nothing.
+
+    Args:
+        model: a Transformers model, or any module that contains blocks of a known family.
+        layout: one rank, or None. backend: of the experts, or "auto".
+
+    Raises:
+        SpecError: a config has a key that may change the layer and that the family's entry does not know.
+        UnsupportedError: the layout has several ranks, or no backend has this name. In all cases the model is as it was.
+    """
+    _one_rank(layout)
+    if backend != "auto":
+        registry.get(backend)
+    report, ready = Report(), []
+    for site in sites(model):
+        block, present = site.block, forward_of(site.block)
+        try:
+            forward = present or prepare(site, Options(backend=backend))
+            runner = forward.runner
+        except (UnsupportedError, PlanError, WeightsError) as reason:
+            report.skipped.append(Skipped(site.name, str(reason)))
+            continue
+        if present is None:
+            ready.append((block, forward))
+        source = forward.source
+        copied = copied_bytes(source(), block)
+        report.replaced.append(
+            Replaced(site.name, source.family.name, runner.plan.backend, copied, already=present is not None)
+        )
+    for block, forward in ready:
+        setattr(block, slot_of(block), forward)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every patched block its own forward back. A model that is not patched stays as it is."""
+    for block in model.modules():
+        if forward_of(block) is None:
+            continue
+        if slot_of(block) == "forward":
+            del block.forward
+        else:
+            setattr(block, slot_of(block), MethodType(type(block).forward, block))
+
+
+def runners(model: nn.Module) -> dict[str, MoERunner]:
+    """The runner of every patched block, by the block's name."""
+    found = {name: forward_of(block) for name, block in model.named_modules()}
+    return {name: forward.runner for name, forward in found.items() if forward is not None}
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    layout: Layout | None = None,
+) -> Any:
+    """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
+
+    Args:
+        path: a folder in the format of `save_pretrained`. Nothing is downloaded.
+        dtype: of the weights; None keeps the checkpoint's. A router's correction bias stays in float32.
+        device: where the weights go; None: where Transformers puts them. layout: one rank, or None.
+
+    Raises:
+        CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
+        UnsupportedError: the model, or its only kind of MoE block, is not known.
+        SpecError: the config describes an impossible layer, or has a key that the family's entry does not know.
+    """
+    _one_rank(layout)
+    model = folder.read(Path(path), dtype)
+    if device is not None:
+        model.to(device)
+    report = patch(model.eval(), layout)
+    if report.skipped and not report.replaced:
+        raise UnsupportedError(f"no MoE block can be run: {report.skipped[0].reason}", where=str(path))
+    model.moerunner_report = report
+    return model
+
+
+def _one_rank(layout: Layout | None) -> None:
+    if layout is not None and layout.world > 1:
+        raise UnsupportedError(
+            f"a model can be run on one rank only, not on {layout.world}",
+            where="layout",
+            next_step="Use MoERunner with a bound layout for a single layer",
+        )

@@ -1,0 +1,127 @@
+"""`experts_implementation="moerunner"`: the experts alone, through Transformers' own registry, for any family that asks it.
+
+Importing moerunner does not import Transformers: the function is registered when Transformers' registry is imported, or at
+once where it already is.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerunner.errors import UnsupportedError
+from moerunner.experts import fused_experts
+from moerunner.models.entry import activation, activation_names
+from moerunner.spec import ActivationSpec
+from moerunner.values import GateUp
+
+NAME = "moerunner"
+_REGISTRY = "transformers.integrations.moe"
+
+
+def run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What an experts module of Transformers runs in place of its `forward`.
+
+    Args:
+        self: the module; its flags say how `gate_up_proj` (`up_proj` without a gate) and `down_proj` are stored.
+        hidden_states: [T, H]. top_k_index, top_k_weights: [T, K]; an id beyond the local experts belongs to another rank.
+
+    Raises:
+        UnsupportedError: the module has a gate or a norm of its own, which would be passed over, or weights that are not
+            plain floating tensors.
+    """
+    module: Any = self
+    act = _activation(module)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    w13, w2 = getattr(module, first), module.down_proj
+    if not w13.is_floating_point() or w13.itemsize < 2:
+        raise UnsupportedError(f"{first} is stored as {w13.dtype}", where=type(module).__name__, next_step=_ELSE)
+    if module.is_transposed:
+        w13, w2 = w13.mT, w2.mT
+    gate_up: GateUp = "none" if not module.has_gate else "concat" if module.is_concatenated else "interleaved"
+    y = fused_experts(
+        hidden_states.to(w13.dtype),
+        w13,
+        w2,
+        top_k_weights,
+        torch.where(top_k_index < w2.shape[0], top_k_index, -1),
+        b13=getattr(module, f"{first}_bias") if module.has_bias else None,
+        b2=module.down_proj_bias if module.has_bias else None,
+        activation=act.kind,
+        alpha=act.alpha,
+        gate_up=gate_up,
+    )
+    return y.to(hidden_states.dtype)
+
+
+_ELSE = "Use another experts_implementation for this model, or moerunner.patch if its family is known"
+
+
+def _activation(module: Any) -> ActivationSpec:
+    registry = sys.modules[_REGISTRY]
+    kind = type(module)
+    if module.has_gate and kind._apply_gate is not registry._default_apply_gate:
+        raise UnsupportedError("has a gate of its own (_apply_gate)", where=kind.__name__, next_step=_ELSE)
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedError("norms the experts' output", where=kind.__name__, next_step=_ELSE)
+    found = _by_class().get(type(module.act_fn))
+    if found is None:
+        what = f"its activation {type(module.act_fn).__name__} is not offered"
+        raise UnsupportedError(what, where=kind.__name__, next_step=_ELSE)
+    return found
+
+
+@functools.cache
+def _by_class() -> dict[type, ActivationSpec]:
+    from transformers.activations import ACT2FN
+
+    return {type(ACT2FN[name]): activation(name) for name in activation_names()}
+
+
+def register() -> None:
+    """Adds the function to Transformers' registry now."""
+    sys.modules[_REGISTRY].ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
+
+
+def install() -> None:
+    """Registers as soon as Transformers' registry exists. Calling it again changes nothing."""
+    if _REGISTRY in sys.modules:
+        register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(_REGISTRY, register))
+
+
+class _AfterImport(MetaPathFinder):
+    """Lets one module be imported as always, then runs an action, once."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self._name, self._action, self._asking = name, action, False
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self._name or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self._action()
+            sys.meta_path.remove(self)
+
+        spec.loader.exec_module = exec_module
+        return spec

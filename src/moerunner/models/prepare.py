@@ -1,0 +1,176 @@
+"""Finds the MoE blocks of a model and makes everything ready to replace their forward, without touching the model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moerunner.errors import UnsupportedError
+from moerunner.models import families
+from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, slot_of
+from moerunner.models.entry import Family, MissingKey, View, as_view
+from moerunner.plan import Options
+from moerunner.spec import MoESpec
+from moerunner.values import LayerWeights
+
+_LOOKS_LIKE_MOE = re.compile(r"(MoE|Moe)(Block|Layer)?$|SparseMLP$")
+_MAY_DIFFER = ("gate", "selection_bias", "per_expert_scale", "global_scale", "hash_table")  # in dtype from the experts
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that is, or looks like, an MoE block. owners: what encloses it, nearest first."""
+
+    name: str
+    block: nn.Module
+    family: Family | None
+    owners: tuple[nn.Module, ...]
+
+    @property
+    def layer(self) -> int | None:
+        """The block's index in its stack of layers, from its name."""
+        return next((int(part) for part in reversed(self.name.split(".")) if part.isdigit()), None)
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every MoE block of a model, by the class of the module. Nothing is looked for inside a block of a known family."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str, owners: tuple[nn.Module, ...]) -> Iterator[Site]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        family = families.find(type(module))
+        if family is not None or _looks_like_moe(module):
+            yield Site(name, module, family, owners)
+        if family is None:
+            for child, below in module.named_children():
+                yield from walk(below, f"{name}.{child}" if name else child, (module, *owners))
+
+    return walk(model, "", ())
+
+
+def _looks_like_moe(module: nn.Module) -> bool:
+    named = _LOOKS_LIKE_MOE.search(type(module).__name__) and not hasattr(module, "save_pretrained")
+    return isinstance(getattr(module, "experts", None), nn.Module) or bool(named)
+
+
+def prepare(site: Site, options: Options) -> PatchedForward:
+    """What can take the place of the block's forward. Everything that can be wrong is found here.
+
+    Raises:
+        UnsupportedError: the block has to stay as it is; the reason is given.
+        SpecError: its config has keys that the family's entry does not know.
+    """
+    block = site.block
+    present = block.__dict__.get(slot_of(block))
+    if slot_of(block) == "forward" and present is not None:
+        raise UnsupportedError(f"its forward was replaced by {present!r}")
+    family, config, spec = spec_of(site)
+    for path, key in family.holds.items():
+        held, said = _reach(block, path), getattr(config, key)
+        if held != said:
+            raise UnsupportedError(f"it was built with {path} = {held!r}, its config now says {key} = {said!r}")
+    shapes = spec.weight_shapes(vocab_size=getattr(config, "vocab_size", None))
+    source = Source(block, _parts(block, family, shapes), family, spec)
+    _check_tensors(source())
+    return PatchedForward(source, options)
+
+
+def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
+    """The block's family, config and spec.
+
+    The config is the first that has all the keys of the family: the block's own, a child's, or of what encloses the block.
+    Raises as `prepare` does.
+    """
+    family = site.family
+    if family is None:
+        owner = families.forward_owner(type(site.block))
+        raise UnsupportedError(f"no family entry has the class {owner.__module__}.{owner.__qualname__}")
+    layer, missing = getattr(site.block, "layer_idx", site.layer), "there is none"
+    for module in (site.block, *site.block.children(), *site.owners):
+        config = getattr(module, "config", None)
+        for candidate in (config, getattr(config, "text_config", None)):
+            if candidate is None:
+                continue
+            try:
+                return family, candidate, family.read(candidate, layer)
+            except MissingKey as error:
+                missing = str(error)
+    raise UnsupportedError(f"no config around it has the keys of the family {family.name!r}: {missing}")
+
+
+def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]]) -> tuple[Part, ...]:
+    """The modules on the way to the tensors, each tensor with the shape that the spec wants."""
+    if "shared_gate_proj" in family.weights and "shared_w13" in shapes:
+        rows, hidden = shapes.pop("shared_w13")
+        shapes["shared_gate_proj"] = shapes["shared_up_proj"] = (rows // 2, hidden)
+    held: dict[str, list[Held]] = {}
+    for name, shape in shapes.items():
+        if name not in family.weights:
+            raise UnsupportedError(f"the entry {family.name!r} does not say where {name} is")
+        view = as_view(family.weights[name])
+        _check_tensor(_reach(block, view.path), view, shape)
+        path, _, attribute = view.path.rpartition(".")
+        names = path.split(".")
+        for depth in range(len(names)):
+            held.setdefault(".".join(names[: depth + 1]), [])
+        held[path].append(Held(name, attribute, view.change, shape))
+    parts = tuple(Part(path, type(block.get_submodule(path)), tuple(tensors)) for path, tensors in held.items())
+    for part in parts:
+        _check_kind(block, part)
+    return parts
+
+
+def _check_kind(block: nn.Module, part: Part) -> None:
+    """Adapters and quantisers put classes of their own in place of the model's; a runner would pass over what they do."""
+    owner = families.forward_owner(part.kind)
+    home = families.forward_owner(type(block)).__module__.rpartition(".")[0]
+    if owner.__module__.rpartition(".")[0] != home and not owner.__module__.startswith("torch.nn.modules."):
+        raise UnsupportedError(f"{part.path} is a {owner.__module__}.{owner.__qualname__}, not the model's own module")
+
+
+def _check_tensor(tensor: Any, view: View, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise UnsupportedError(f"it has no tensor {view.path}")
+    if type(tensor) not in PLAIN:
+        raise UnsupportedError(f"{view.path} is a {type(tensor).__name__}, not a plain tensor")
+    if tensor.is_meta:
+        raise UnsupportedError(f"{view.path} has no data: it is on the meta device")
+    got = tuple(tensor.mT.shape) if view.change == "transposed" and tensor.ndim > 1 else tuple(tensor.shape)
+    fits = tensor.numel() == math.prod(shape) and tensor.is_contiguous() if view.change == "reshaped" else got == shape
+    if not fits:
+        raise UnsupportedError(f"{view.path} has shape {list(got)}, its config asks for {list(shape)}")
+
+
+def _check_tensors(weights: LayerWeights) -> None:
+    """That the experts are floating and of one dtype, and that everything lies on one device."""
+    named = _tensors(weights)
+    main = {name: t for name, t in named.items() if name.split(".")[0] not in _MAY_DIFFER}
+    dtypes, devices = {t.dtype for t in main.values()}, {t.device for t in named.values()}
+    if len(dtypes) > 1 or not all(d.is_floating_point and d.itemsize > 1 for d in dtypes):
+        raise UnsupportedError(f"its tensors are stored as {', '.join(sorted(map(str, dtypes)))}")
+    if len(devices) > 1:
+        raise UnsupportedError(f"its tensors lie on {', '.join(sorted(map(str, devices)))}")
+
+
+def _tensors(weights: LayerWeights) -> dict[str, Tensor]:
+    experts = {f"{n}.{i}": e.tensor for i, one in enumerate(weights.experts) for n, e in one.tensors.items()}
+    return experts | dict(weights.tensors)
+
+
+def copied_bytes(weights: LayerWeights, block: nn.Module) -> int:
+    """Memory of the tensors that are not the block's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    return sum(t.nbytes for t in _tensors(weights).values() if t.untyped_storage().data_ptr() not in own)
+
+
+def _reach(start: Any, path: str) -> Any:
+    for part in path.split("."):
+        start = getattr(start, part, None)
+    return start

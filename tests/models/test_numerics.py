@@ -1,0 +1,111 @@
+"""Patched models compute what Transformers computes, and what the float64 oracle says."""
+
+import copy
+
+import pytest
+import torch
+from tiny import CASES, ONE_PER_FAMILY, blocks, build, prompt, relative, run_and_watch
+
+from moerunner.models import patch, runners, unpatch
+from moerunner.ops.reference import reference
+from moerunner.ops.route import gate_logits
+from moerunner.values import TopK
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+def test_float32_logits_equal_those_of_transformers(case):
+    model, ids = build(case), prompt()
+    expected, _ = run_and_watch(model, ids)
+    report = patch(model)
+    assert [r.name for r in report.replaced] == list(blocks(model))
+    assert not report.skipped
+    with torch.no_grad():
+        assert relative(model(ids).logits, expected) <= 1e-5
+
+
+def test_float32_blocks_equal_transformers_and_the_oracle_on_the_same_input(case):
+    model = build(case)
+    _, seen = run_and_watch(model, prompt())
+    patch(model)
+    for name, runner in runners(model).items():
+        was = seen[name]
+        with torch.no_grad():
+            y = blocks(model)[name](was.x)
+            oracle = reference(runner.spec, runner.layer_weights(), was.x)
+        assert y.shape == was.y.shape
+        assert relative(y, was.y) <= 2e-6, name
+        assert relative(y, oracle) <= 2e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_at_most_twice_as_far_from_the_oracle_as_transformers(case, dtype):
+    model = build(case, dtype=dtype)
+    _, seen = run_and_watch(model, prompt())
+    patch(model)
+    for name, runner in runners(model).items():
+        was = seen[name]
+        _, weights, ids = was.routed
+        topk = TopK(ids, weights.float(), scaled=not runner.spec.apply_routed_scale_to_output)
+        with torch.no_grad():
+            y = runner(was.x, topk=topk)
+            oracle = reference(runner.spec, runner.layer_weights(), was.x, topk=topk)
+        assert y.dtype == dtype
+        assert relative(y, oracle) <= 2 * relative(was.y, oracle), name
+
+
+def test_the_gate_rounds_where_transformers_rounds(case):
+    """In bfloat16 a product in another precision picks other experts: the logits must be the same numbers."""
+    model = build(case, dtype=torch.bfloat16)
+    _, seen = run_and_watch(model, prompt())
+    patch(model)
+    for name, runner in runners(model).items():
+        x, logits = seen[name].x.flatten(0, 1), seen[name].routed[0]
+        with torch.no_grad():
+            ours = gate_logits(x, runner.layer_weights().tensors["gate"], None, runner.spec.routing)
+        assert relative(ours, logits) <= 1e-6, name
+
+
+@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+def test_gradients_of_every_parameter_equal_those_of_transformers(case):
+    plain = build(case).train()
+    patched = copy.deepcopy(plain)
+    patch(patched)
+    losses = []
+    for model in (plain, patched):
+        loss = model(prompt()).logits.square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+    assert relative(losses[1], losses[0]) <= 1e-6
+    expected = dict(plain.named_parameters())
+    for name, parameter in patched.named_parameters():
+        wanted = expected[name].grad
+        assert (parameter.grad is None) == (wanted is None), name
+        if wanted is not None:
+            assert relative(parameter.grad, wanted) <= 2e-5, name
+
+
+@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+def test_greedy_generation_gives_the_same_tokens(case):
+    model = build(case)
+    wanted = model.generate(prompt(1, 8), max_new_tokens=12, do_sample=False)
+    patch(model)
+    got = model.generate(prompt(1, 8), max_new_tokens=12, do_sample=False)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+def test_one_token_alone_and_no_token_at_all(case):
+    model = build(case)
+    patch(model)
+    for block in blocks(model).values():
+        x = torch.randn(1, 1, model.config.hidden_size)
+        y = block(x)
+        assert block(torch.cat([x, x], 1)).shape == (1, 2, model.config.hidden_size)
+        unpatch(model)
+        assert relative(y, block(x)) <= 2e-6
+        patch(model)
+        assert block(x[:, :0]).shape == (1, 0, model.config.hidden_size)
