@@ -47,17 +47,17 @@ def rows_by_slot(y_RH: Tensor, order: Order) -> Tensor:
 
 
 def weighted_sum(y_RH: Tensor, weights_TK: Tensor | None, order: Order) -> Tensor:
-    """sum_k w_k y_k in float32, slots in ascending order: deterministic. [T, H]; None weighs every slot with 1."""
+    """sum_k w_k y_k in float32, slots in ascending order: deterministic. [T, H]; None weighs every slot with 1.
+
+    A slot without an expert is left out by select, row and weight alike, so that no NaN in it reaches the sum or a gradient.
+    """
     tokens, k = order.row_TK.shape
     total = wide(y_RH.new_zeros(tokens, y_RH.shape[1]))
     if not y_RH.shape[0]:
         return total
     row_TK = order.row_TK.clamp(max=y_RH.shape[0] - 1)
     for j in range(k):
-        y = wide(y_RH[row_TK[:, j]])
-        if weights_TK is not None:
-            y = y * weights_TK[:, j, None].to(y.dtype)
-        total = total + torch.where(order.valid_TK[:, j, None], y, 0)
+        total = total + _weighted(y_RH[row_TK[:, j]], weights_TK, order.valid_TK, j)
     return total
 
 
@@ -65,8 +65,11 @@ def sum_slots(y_TKH: Tensor, weights_TK: Tensor | None, valid_TK: Tensor) -> Ten
     """The same sum for rows that are already in slot order."""
     total = wide(y_TKH.new_zeros(y_TKH.shape[0], y_TKH.shape[2]))
     for j in range(y_TKH.shape[1]):
-        y = wide(y_TKH[:, j])
-        if weights_TK is not None:
-            y = y * weights_TK[:, j, None].to(y.dtype)
-        total = total + torch.where(valid_TK[:, j, None], y, 0)
+        total = total + _weighted(y_TKH[:, j], weights_TK, valid_TK, j)
     return total
+
+
+def _weighted(y_TH: Tensor, weights_TK: Tensor | None, valid_TK: Tensor, j: int) -> Tensor:
+    valid = valid_TK[:, j, None]
+    y = torch.where(valid, wide(y_TH), 0)
+    return y if weights_TK is None else y * torch.where(valid, weights_TK[:, j, None], 0).to(y.dtype)
