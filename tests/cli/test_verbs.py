@@ -196,7 +196,19 @@ def test_a_table_has_lines_only_on_a_terminal(capsys):
     assert capsys.readouterr().out == "name  count\na         1\nbb       22\n"
     screen.terminal = True
     screen.table(["name", "count"], [["a", "1"]])
-    assert "│" in capsys.readouterr().out
+    assert "──" in capsys.readouterr().out
+
+
+def test_a_long_name_is_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "model.language_model.layers.12.feed_forward"
+    screen = shell.Screen()
+    screen.terminal = True
+    screen.table(["layer", "vs [HF]", "vs f64"], [[name, "1.2e-07", "3.4e-07"]])
+    out = capsys.readouterr().out
+    assert "[HF]" in out
+    assert all(number in out for number in ("1.2e-07", "3.4e-07"))
+    assert "".join(line.split()[0] for line in out.splitlines()[3:] if line.strip()) == name
 
 
 def test_bars_in_a_terminal_without_unicode(capsys, monkeypatch):

@@ -116,15 +116,17 @@ class Screen:
         if self.quiet:
             return
         if self.terminal:
+            from rich import box
             from rich.console import Console
             from rich.table import Table
 
-            table = Table(*headers, header_style="bold")
+            table = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+            table.columns[0].overflow = "fold"  # a long name is never cut
             for column in table.columns[1:]:
-                column.justify = "right" if numbers else "left"
+                column.justify, column.no_wrap = "right" if numbers else "left", True
             for row in rows:
                 table.add_row(*row)
-            Console().print(table, markup=False)
+            Console(markup=False, highlight=False).print(table)
             return
         widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
         for row in (headers, *rows):

@@ -24,15 +24,10 @@ from moerunner.cli.shell import (
     verb,
 )
 
-HEADERS = (
-    "layer",
-    "vs Transformers",
-    "vs float64",
-    "Transformers vs float64",
-    "same experts",
-    "tied",
-    "worst token / expert",
-)
+HEADERS = ("layer", "vs HF", "vs f64", "HF vs f64", "routing", "ties", "worst")
+LEGEND = """HF: Transformers, f64: the float64 oracle, routing: tokens with the same experts, ties apart,
+worst: the token and the expert with the largest difference. Differences are max|y - ref| / max|ref|.
+"""
 
 
 @verb
@@ -75,7 +70,7 @@ def show(screen: Screen, report: Any) -> None:
     """The layers as a table, then the verdict."""
     if report.layers:
         screen.table(HEADERS, [_row(layer) for layer in report.layers])
-        screen.say()
+        screen.say(LEGEND)
     for line in report.skipped:
         screen.say(f"not compared: {line}")
     for layer in report.layers:
@@ -85,6 +80,6 @@ def show(screen: Screen, report: Any) -> None:
 
 
 def _row(layer: Any) -> list[str]:
-    worst = "-" if layer.worst_expert is None else f"{layer.worst_token} / {layer.worst_expert}"
+    worst = "-" if layer.worst_expert is None else f"{layer.worst_token}/{layer.worst_expert}"
     errors = (layer.vs_transformers, layer.vs_oracle, layer.transformers_vs_oracle)
     return [layer.name, *(f"{e.max:.1e}" for e in errors), f"{layer.same_experts:.1%}", str(layer.tied), worst]
