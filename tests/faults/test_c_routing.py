@@ -372,10 +372,6 @@ def test_C11_a_kernel_that_cannot_return_rows_is_refused_where_they_are_needed()
         check(make_spec(), make_weights(make_spec()), tokens(), options=options)
 
 
-LAYOUTS_OF_C12 = [None, "tp2", "ep2", "sharded tokens, ep2", "sharded tokens, ep4", "sharded tokens, ep2 tp2"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS_OF_C12)
 @pytest.mark.parametrize(
     "layout", [None, "tp2", "ep2", "sharded tokens, ep2", "sharded tokens, ep4", "sharded tokens, ep2 tp2"]
 )
