@@ -33,8 +33,9 @@ class BackendInfo:
     """Everything a backend can do. What is not declared here is refused.
 
     dtypes: per device type. activations: kinds, and the constants it honours, of `ALL_ACTIVATIONS`; `ungated` and `bias`
-    apart. stride_bytes: every stride but one must be a multiple of this. row_output: can return unweighted rows.
-    applies_scale: multiplies by the routed scaling factor itself. reduced: its result needs no reduction over ranks.
+    apart. stride_bytes: every stride but one must be a multiple of this, of weights and of the rows that they read.
+    row_output: can return unweighted rows. applies_scale: multiplies by the routed scaling factor itself, `call.scale`.
+    reduced: its result needs no reduction over ranks.
     priority: larger is preferred by "auto", per device type.
     """
 
@@ -147,6 +148,8 @@ def refusals(info: BackendInfo, request: Request) -> list[str]:
 def _stride_problem(info: BackendInfo, request: Request) -> list[str]:
     size = {"float64": 8, "float32": 4}.get(request.dtype, 2)
     for shape, strides in zip(request.shapes, request.strides, strict=True):
+        if shape[-1] * size % info.stride_bytes:
+            return [f"needs rows in multiples of {info.stride_bytes} bytes, a weight of {list(shape)} reads {shape[-1] * size}"]
         matrix = strides[-2:]
         if info.stride_bytes > 1 and (1 not in matrix or any(s != 1 and s * size % info.stride_bytes for s in matrix)):
             return [f"needs strides in multiples of {info.stride_bytes} bytes, a weight of {list(shape)} has {strides}"]
