@@ -1,8 +1,9 @@
 """The verbs and options are a promise: a change to them must change this file."""
 
+import math
+import resource
 import subprocess
 import sys
-import time
 
 import typer.main
 
@@ -65,14 +66,15 @@ except SystemExit:
     heavy = {"torch", "transformers"} & set(sys.modules)
     sys.exit(f"{heavy} imported for --help" if heavy else 0)
 """
-    seconds = []
+    best = math.inf
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "verify" in done.stdout
-    assert min(seconds) < 0.5
+    assert best < 0.5, "seconds of the processor, whatever else the machine is doing"
 
 
 def test_no_arguments_give_the_help(cli):

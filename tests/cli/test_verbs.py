@@ -242,10 +242,18 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert err == ""
 
 
-def test_an_interrupt_is_no_traceback(saved):
-    args = ("generate", str(saved), "abc", "--max-new-tokens", "500")
-    process = moerunner(*args, stdout=subprocess.PIPE)
-    process.stdout.read(1)  # it writes
+def test_an_interrupt_is_no_traceback():
+    code = """
+import sys, time, moerunner.env
+moerunner.env.collect = lambda: print("at work", flush=True) or time.sleep(100)
+from moerunner.cli import main
+sys.argv = ["moerunner", "env"]
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
