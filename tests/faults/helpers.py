@@ -36,7 +36,7 @@ from moerunner.parallel.comm import simulate
 from moerunner.parallel.layout import split_counts
 from moerunner.values import Replicate, TopK, ValueState
 
-HIDDEN, EXPERTS, INNER, VOCAB = 16, 8, 24, 32
+HIDDEN, EXPERTS, INNER, VOCAB = 16, 8, 48, 32
 BACKENDS = [name for name, runs, _ in available("cpu") if runs]
 
 ROUTERS = {
@@ -313,9 +313,11 @@ def _plain_transform(name, spec, weights, x):
 
 
 def _mm(x, weight, bias=None):
-    """In x's dtype; float16 in float32, which a CPU has no product for."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    """In x's dtype. float16, which a CPU has no product for, in float32 and rounded where it fits: what a kernel may do."""
+    if x.dtype != torch.float16:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return torch.where(y.half().isfinite(), y.half().float(), y).to(x.dtype if y.half().isfinite().all() else torch.float32)
 
 
 def _wide(x):

@@ -300,6 +300,15 @@ def test_B10_shared_experts_see_the_callers_tokens(dispatch):
     check(spec, make_weights(spec), tokens(13), layout=layout, options=options)
 
 
+@pytest.mark.parametrize("layout", [None, "tp2", "sharded tokens, ep2", "sharded tokens, ep4"])
+def test_B10_only_the_routed_experts_see_transformed_tokens(layout):
+    # The transform keeps the width, so that nothing but the values would tell.
+    spec = make_spec(factor=2.5, on_output=True, shared=GATED, zero_experts=2, input_transform=NORM)
+    weights = make_weights(spec)
+    weights["input_transform.0.weight"] = weights["input_transform.0.weight"] * 3
+    check(spec, weights, tokens(13), layout=LAYOUTS.get(layout))
+
+
 @pytest.mark.parametrize("verb", ["shared", "zero", "gate"])
 def test_B10_reading_anything_else_cannot_be_built(verb):
     plan = plan_of(Layout(), zero_experts=2)
@@ -512,6 +521,10 @@ def test_B20_experts_read_only_tokens_whose_routing_lies_where_they_do():
     steps = tuple(dataclasses.replace(s, gathers=()) if s.verb == "dispatch" else s for s in plan.steps)
     with pytest.raises(PlanError, match="needs the whole value on ep"):
         dataclasses.replace(plan, steps=steps)
+    plan = plan_of(Layout(ep=2))
+    apart = Step(verb="select", value="topk", axes=("ep",), at="dispatch")
+    with pytest.raises(PlanError, match="their routing is"):
+        with_steps(plan, after="route", add=apart)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
