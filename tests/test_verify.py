@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from moerunner import models  # noqa: E402
 from moerunner.errors import SpecError, UnsupportedError  # noqa: E402
 from moerunner.models import adapt  # noqa: E402
 from moerunner.runner import MoERunner  # noqa: E402
@@ -212,6 +213,49 @@ def test_what_is_compared_with_is_transformers_own_code(monkeypatch):
     monkeypatch.setattr(MoERunner, "forward", lambda self, x, **i: ran.append(i.get("topk")) or right(self, x, **i))
     verify(family="mixtral", **FEW)
     assert len(ran) == 2 * 3, "once end to end and once on the captured input, for each of three layers"
+
+
+# ---- loading
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("deepseek_v3").save_pretrained(path)
+    return path
+
+
+def test_a_folder_is_loaded_as_transformers_does(folder):
+    report = verify(folder, **FEW)
+    assert report.ok, str(report)
+    assert report.model == str(folder)
+
+
+def test_a_tensor_that_was_loaded_otherwise_is_named(monkeypatch, folder):
+    name = "model.layers.1.mlp.experts.down_proj"
+    right = models.load
+
+    def wrong(path, **options):
+        model = right(path, **options)
+        model.get_parameter(name).data[0] = model.get_parameter(name).data[1]
+        return model
+
+    monkeypatch.setattr(models, "load", wrong)
+    report = verify(folder, **FEW)
+    assert report.reasons() == [f"{name}: loaded otherwise than by Transformers"]
+
+
+def test_a_computed_buffer_that_was_left_out_is_named(monkeypatch, folder):
+    name = "model.rotary_emb.inv_freq"
+    right = models.load
+
+    def wrong(path, **options):
+        model = right(path, **options)
+        model.get_buffer(name).zero_()
+        return model
+
+    monkeypatch.setattr(models, "load", wrong)
+    assert verify(folder, **FEW).reasons() == [f"{name}: loaded otherwise than by Transformers"]
 
 
 # ---- damage and bad input

@@ -46,7 +46,7 @@ def run(
     import torch
 
     from moerunner.generate import generate
-    from moerunner.models.adapt import load, runners, unpatch
+    from moerunner.models import load, runners, unpatch
     from moerunner.verify import verify
 
     screen, folder = Screen(quiet=json), shipped_model()
@@ -61,7 +61,7 @@ def run(
 
     screen.heading("Is it right? Each MoE layer on the same input, in float32")
     with screen.progress("comparing each layer with Transformers and with float64"):
-        report = verify(model, tokenizer=tokenizer, num_tokens=SAMPLE_TOKENS)
+        report = verify(folder, num_tokens=SAMPLE_TOKENS, dtype=torch.float32, device=model.device)
     show(screen, report)
 
     screen.heading(f"Where {report.tokens} tokens of Python code go, one bar for each expert")

@@ -41,7 +41,7 @@ def run(
     """Continue a prompt. The text streams to stdout, the speed is said on stderr."""
     quiet_transformers()
     from moerunner.generate import generate
-    from moerunner.models.adapt import load
+    from moerunner.models import load
 
     screen = Screen(quiet=json)
     with screen.progress(f"loading {path}"):

@@ -73,9 +73,8 @@ def show(screen: Screen, report: Any) -> None:
         screen.say(LEGEND)
     for line in report.skipped:
         screen.say(f"not compared: {line}")
-    for layer in report.layers:
-        for note in layer.notes:
-            screen.say(f"note: {layer.name}: {note}")
+    for note in report.notes + [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]:
+        screen.say(f"note: {note}")
     screen.say(str(report))
 
 

@@ -1,10 +1,11 @@
 """Proves that a patched model computes what Transformers computes: layer by layer, then end to end.
 
-The model runs once as Transformers wrote it, and every MoE block's input, output and choice of experts are kept. Then the
-patched block runs on the *same* input, so that no error is carried from layer to layer, and both are held against the float64
-oracle. In bf16 and fp16 the router's logits tie at the k-th place in several percent of the tokens: there the experts that
-Transformers chose are replayed, and routing is compared apart. Where two routings differ the token must be a tie, that is,
-rounding its logits to the dtype must change the oracle's choice; anything else is a mismatch.
+A folder is loaded by moerunner and by Transformers, and every tensor is compared. Then the model runs once as Transformers
+wrote it, and every MoE block's input, output and choice of experts are kept. The patched block runs on the *same* input, so
+that no error is carried from layer to layer, and both are held against the float64 oracle. In bf16 and fp16 the router's
+logits tie at the k-th place in several percent of the tokens: there the experts that Transformers chose are replayed, and
+routing is compared apart. Where two routings differ the token must be a tie, that is, rounding its logits to the dtype must
+change the oracle's choice; anything else is a mismatch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moerunner import models
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import adapt
 from moerunner.verify.capture import recorded
 from moerunner.verify.layer import Comparison
+from moerunner.verify.loading import compare_loading
 from moerunner.verify.report import Difference, LayerCheck, VerifyReport, difference
 from moerunner.verify.tiny import tiny_model
 
@@ -64,7 +67,7 @@ def verify(
     if family is not None:
         net = _cast(tiny_model(family, seed=seed), dtype)
     elif isinstance(model, str | Path):
-        net = adapt.load(model, dtype=dtype, device=device)
+        net = models.load(model, dtype=dtype, device=device)
         tokenizer = tokenizer or _tokenizer(model)
     else:
         net = _cast(model, dtype)
@@ -80,9 +83,11 @@ def verify(
     damaged = damaged_weights(net)
     if damaged:
         return VerifyReport(**facts, damaged=damaged, seconds=time.perf_counter() - start)
+    from_folder = isinstance(model, str | Path)
+    loading, notes = compare_loading(net, model, dtype) if from_folder else ([], [])
     with _as_it_was(net), torch.no_grad():
         compared = _compare(net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
-    return VerifyReport(**facts, **compared, seconds=time.perf_counter() - start)
+    return VerifyReport(**facts, **compared, loading=loading, notes=notes, seconds=time.perf_counter() - start)
 
 
 def _cast(model: Any, dtype: torch.dtype | None) -> Any:

@@ -73,7 +73,8 @@ class VerifyReport:
     logits: end to end, over all tokens, of which the first `judged_tokens` must be within the bound: where a tie falls the
     other way, its token and those after it go another way; in low precision rounding alone leads to that. same_top_token:
     tokens whose most likely successor is the same.
-    damaged: weights that are not finite. skipped: blocks that were not compared, and why. problems: end to end.
+    damaged: weights that are not finite. loading: tensors of a folder that Transformers loads otherwise. skipped: blocks that
+    were not compared, and why. problems: end to end. notes: what is no mismatch and should be known.
     """
 
     model: str
@@ -86,8 +87,10 @@ class VerifyReport:
     judged_tokens: int = 0
     same_top_token: int = 0
     damaged: list[str] = field(default_factory=list)
+    loading: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -96,7 +99,8 @@ class VerifyReport:
 
     def reasons(self) -> list[str]:
         """Why the verdict is a mismatch, each with its place; empty if it is not one."""
-        return self.damaged + [f"{layer.name}: {p}" for layer in self.layers for p in layer.problems] + self.problems
+        of_layers = [f"{layer.name}: {p}" for layer in self.layers for p in layer.problems]
+        return self.damaged + self.loading + of_layers + self.problems
 
     def to_dict(self) -> dict[str, Any]:
         layers = [dataclasses.asdict(layer) | {"imbalance": layer.imbalance} for layer in self.layers]
