@@ -41,7 +41,8 @@ class Verbs:
         dispatch = plan.step("dispatch")
         assert dispatch is not None
         self._pair = _PAIRS[dispatch.kernel]
-        self._backend = get(plan.backend)
+        limit, small = self._only("experts").few
+        self._backend, self._few_tokens, self._few_backend = get(plan.backend), limit, get(small) if limit else None
         self.input_transform, self.pad = self._chain("input_transform"), self._chain("pad")
         self.row_norm, self.trim, self.scale = self._chain("row_norm"), self._chain("trim"), self._chain("scale")
         self.output_transform = self._chain("output_transform")
@@ -214,8 +215,10 @@ class Verbs:
         return total
 
     def _run(self, x_RH: Tensor, topk: TopK, experts: ExpertWeights) -> Tensor:
-        x_RH = x_RH.clone() if self._backend.INFO.writes_input else x_RH
-        return self._backend.run(x_RH, topk, experts, self._call)
+        few = self._few_backend if x_RH.shape[0] <= self._few_tokens else None
+        backend = few or self._backend
+        x_RH = x_RH.clone() if backend.INFO.writes_input else x_RH
+        return backend.run(x_RH, topk, experts, self._call)
 
     def combine(self, y: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
         """Weighted, summed and back on the token's rank, as far as the experts and the pair have not done so."""

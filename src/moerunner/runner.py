@@ -46,7 +46,7 @@ class MoERunner(nn.Module):
         super().__init__()
         self.spec, self.options = spec, options or Options()
         self._comm = _comm_of(layout)
-        self._slots = SlotMap(self._comm.layout, spec.num_experts, spec.routing.modalities)
+        self._slots = SlotMap(self._comm.layout, spec.num_experts, spec.routing.modalities, spec.zero_experts)
         if isinstance(weights, Mapping):
             weights = LayerWeights.of(spec, weights)
         if isinstance(weights, LayerWeights):

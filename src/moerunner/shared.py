@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moerunner.ops.activation import activate
+from moerunner.ops.activation import activate, gated
 from moerunner.ops.precision import linear, wide
 from moerunner.spec import SharedSpec
 
@@ -41,9 +41,9 @@ class SharedExperts:
         spec, b13 = self.spec, tensors.get("shared_b13")
         if "shared_w13" in tensors:
             h = linear(x_TH, tensors["shared_w13"], b13)
+            h = activate(h, spec.activation, gate_up="concat" if spec.gated else "none")
         else:
             b_gate, b_up = (None, None) if b13 is None else b13.chunk(2)
-            gate, up = tensors["shared_gate_proj"], tensors["shared_up_proj"]
-            h = torch.cat([linear(x_TH, gate, b_gate), linear(x_TH, up, b_up)], dim=-1)
-        h = activate(h, spec.activation, gate_up="concat" if spec.gated else "none")
+            gate = linear(x_TH, tensors["shared_gate_proj"], b_gate)
+            h = gated(gate, linear(x_TH, tensors["shared_up_proj"], b_up), spec.activation)
         return linear(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)

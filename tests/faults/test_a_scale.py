@@ -79,7 +79,7 @@ def test_A2_a_kernel_and_the_output_cannot_both_own_it():
     steps = [dataclasses.replace(s, scales=True) if s.verb == "experts" else s for s in plan.steps]
     with pytest.raises(PlanError, match="second time") as caught:
         dataclasses.replace(plan, steps=tuple(steps))
-    assert (caught.value.first, caught.value.second) == ("experts (eager)", "scale")
+    assert (caught.value.first, caught.value.second) == (f"experts ({plan.backend})", "scale")
 
 
 @pytest.mark.parametrize("shared", [None, SHARED], ids=["alone", "with shared"])
@@ -247,15 +247,29 @@ def test_A11_renormalising_does_not_eat_the_factor(on_output, renormalise, score
 
 def test_A12_the_owner_follows_from_the_kernel_that_was_chosen():
     # Only relu is known to the kernel that scales: silu must go elsewhere, and the factor with it.
-    for kind, kernel in (("relu", "toy"), ("silu", "eager")):
+    for kind, toy in (("relu", True), ("silu", False)):
         spec = make_spec(factor=2.5, on_output=True, experts={"activation": ActivationSpec(kind=kind)}, shared=SHARED)
         weights = make_weights(spec)
         preferred = {"applies_scale": True, "activations": frozenset({"relu"}), "priority": {"cpu": 99}}
         with toy_backend(applies_its_scale, **preferred):
             plan = MoERunner(spec, weights).plan
             check(spec, weights, tokens())
-        assert plan.backend == kernel
-        assert [s.verb for s in plan.steps if s.scales or s.verb == "scale"] == (["experts"] if kernel == "toy" else ["scale"])
+        assert (plan.backend == "toy") == toy
+        assert [s.verb for s in plan.steps if s.scales or s.verb == "scale"] == (["experts"] if toy else ["scale"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+@pytest.mark.parametrize("preferred", ["the one that scales", "the one that does not"])
+def test_A12_a_kernel_for_few_tokens_never_changes_the_owner(preferred, count):
+    spec, weights = layer(on_output=True)
+    high, low = ({"priority": {"cpu": 99}}, {"priority": {"cpu": 98}, "few_tokens": {"cpu": 8}})
+    first = preferred == "the one that scales"
+    with (
+        toy_backend(applies_its_scale, name="scaling", applies_scale=True, **(high if first else low)),
+        toy_backend(name="plain", **(low if first else high)),
+    ):
+        check(spec, weights, tokens(count))
+        assert MoERunner(spec, weights).plan.backend == ("scaling" if first else "plain")
 
 
 def test_A12_the_kernel_is_asked_for_each_dtype_apart():

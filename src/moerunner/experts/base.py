@@ -36,7 +36,8 @@ class BackendInfo:
     apart. stride_bytes: every stride but one must be a multiple of this, of weights and of the rows that they read.
     row_output: can return unweighted rows. applies_scale: multiplies by the routed scaling factor itself, `call.scale`.
     reduced: its result needs no reduction over ranks.
-    priority: larger is preferred by "auto", per device type.
+    priority: larger is preferred by "auto", per device type, or per `device/dtype` where that differs.
+    few_tokens: up to so many tokens it is preferred all the same, per device type.
     """
 
     name: str
@@ -58,6 +59,7 @@ class BackendInfo:
     host_sync: bool = True
     writes_input: bool = False
     priority: Mapping[str, int] = field(default_factory=dict)
+    few_tokens: Mapping[str, int] = field(default_factory=dict)
     requires: str = ""
 
 

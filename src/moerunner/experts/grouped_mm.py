@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 
 from moerunner.experts.base import BackendInfo, ExpertsCall
 from moerunner.ops.activation import activate
-from moerunner.ops.permute import rows_by_slot, sort_by_expert, weighted_sum
+from moerunner.ops.permute import rows_by_slot, sort_by_expert, take_rows, weighted_sum
 from moerunner.values import ExpertWeights, TopK
 
 _DTYPES = frozenset({"float32", "bfloat16", "float16"})
@@ -28,7 +28,7 @@ INFO = BackendInfo(
     backward=True,
     deterministic=True,
     host_sync=True,
-    priority={"cpu": 10, "cuda": 20},
+    priority={"cpu": 20, "cuda": 20},
 )
 
 
@@ -39,7 +39,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
     slot_valid_R1 = order.valid_TK.reshape(-1)[order.slot_R].unsqueeze(1)
     expert_R = topk.ids.reshape(-1)[order.slot_R].clamp(min=0)
     b13, b2 = weights.get("b13"), weights.get("b2") if call.down_bias else None
-    x_RH = x_TH[order.token_R]
+    x_RH = take_rows(x_TH, order.token_R)
     if call.input_weighting:
         x_RH = (x_RH * topk.weights.reshape(-1)[order.slot_R, None].to(x_RH.dtype)).to(x_TH.dtype)
     if torch.is_grad_enabled():

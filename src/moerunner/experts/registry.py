@@ -23,11 +23,15 @@ _registered: dict[str, Backend] = {}
 
 @dataclass(frozen=True)
 class Chosen:
-    """The backend, the reason for it, and every other with the reason against it."""
+    """The backend, the reason for it, and every other with the reason against it.
+
+    few: another that takes its place up to a number of tokens.
+    """
 
     backend: Backend
     reason: str
     refused: tuple[tuple[str, str], ...]
+    few: tuple[int, Backend] | None = None
 
 
 def register(backend: Backend) -> None:
@@ -84,14 +88,26 @@ def choose(request: Request, backend: str = "auto") -> Chosen:
         if why:
             refused.append((name, "; ".join(why)))
         else:
-            able.append((candidate.INFO.priority.get(request.device, 0), candidate))
+            able.append((_priority(candidate.INFO, request), candidate))
     if not able:
         each = "; ".join(f"{name}: {why}" for name, why in refused)
         raise UnsupportedError(f"no backend can run this layer ({each})", where="experts")
     able.sort(key=lambda pair: -pair[0])
     best = able[0][1]
     refused += [(b.INFO.name, f"{best.INFO.name} is preferred on {request.device}") for _, b in able[1:]]
-    return Chosen(best, f"preferred on {request.device} among {len(able)} that can", tuple(refused))
+    few = [(b.INFO.few_tokens.get(request.device, 0), b) for _, b in able[1:] if _interchangeable(b.INFO, best.INFO)]
+    limit, small = max(few, key=lambda pair: pair[0], default=(0, best))
+    reason = f"preferred on {request.device} among {len(able)} that can"
+    return Chosen(best, reason, tuple(refused), (limit, small) if limit else None)
+
+
+def _priority(info: BackendInfo, request: Request) -> int:
+    return info.priority.get(f"{request.device}/{request.dtype}", info.priority.get(request.device, 0))
+
+
+def _interchangeable(one: BackendInfo, other: BackendInfo) -> bool:
+    """Whether kernels may change with the number of tokens while who scales and who reduces stays."""
+    return (one.applies_scale, one.reduced) == (other.applies_scale, other.reduced)
 
 
 def available(device: str) -> list[tuple[str, bool, str]]:

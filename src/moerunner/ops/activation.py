@@ -16,25 +16,29 @@ def activate(h: Tensor, activation: ActivationSpec, *, gate_up: str) -> Tensor:
     h: [..., 2I], gate and up one after the other (`concat`) or alternating (`interleaved`); [..., I] for `none`.
     Returns [..., I] in h's dtype. Formulas: `ActivationSpec`.
     """
-    a = activation.resolved()
     if gate_up == "none":
-        g, u = wide(h), None
-    elif gate_up == "concat":
-        g, u = (wide(half) for half in h.chunk(2, dim=-1))
-    else:
-        g, u = wide(h[..., 0::2]), wide(h[..., 1::2])
+        return gated(h, None, activation)
+    if gate_up == "concat":
+        return gated(*h.chunk(2, dim=-1), activation)
+    return gated(h[..., 0::2], h[..., 1::2], activation)
+
+
+def gated(gate: Tensor, up: Tensor | None, activation: ActivationSpec) -> Tensor:
+    """The same for halves that are apart; `up` is None where nothing gates."""
+    a, g = activation.resolved(), wide(gate)
     if a.limit is not None and not a.clamp_after:
         g = g.clamp(max=a.limit)
     y = _nonlinear(g, a)
     if a.limit is not None and a.clamp_after:
         y = y.clamp(max=a.limit)
-    if u is not None:
+    if up is not None:
+        u = wide(up)
         if a.limit is not None:
             u = u.clamp(-a.limit, a.limit)
         if a.up_softcap is not None:
             u = a.up_softcap * torch.tanh(u / a.up_softcap)
         y = y * (u + a.beta) if a.beta else y * u
-    return y.to(h.dtype)
+    return y.to(gate.dtype)
 
 
 def _nonlinear(g: Tensor, a: ActivationSpec) -> Tensor:

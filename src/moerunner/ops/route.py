@@ -17,6 +17,7 @@ from moerunner.spec import GroupSpec, MoESpec, RoutingSpec
 from moerunner.values import TopK
 
 _NEG = float("-inf")
+_FEW = 1 << 14  # keys up to which one stable sort is cheaper than ten small steps
 
 
 def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: RoutingSpec) -> Tensor:
@@ -24,19 +25,23 @@ def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     if routing.logits_dtype == "model":
         return wide(linear(x_TH, weight, bias))
     x = wide(x_TH)
+    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, w, b)
     with torch.autocast(x.device.type, enabled=False):  # which expert wins must not depend on the caller's autocast
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, w, b)
 
 
 def stable_topk(key_TE: Tensor, k: int) -> Tensor:
     """ids [T, k] of the largest keys, largest first, equal keys by ascending id; NaN is below everything.
 
-    `torch.topk` leaves the order of equal values open and differs between devices. Floats sort like their bits once negative
-    numbers are flipped, so that key and id fit one int64 that has no equals. float64 keys are sorted stably instead.
+    `torch.topk` leaves the order of equal values open and differs between devices. Few keys are sorted stably. Many: floats
+    sort like their bits once negative numbers are flipped, so that key and id fit one int64 that has no equals.
     """
-    key = torch.where(torch.isnan(key_TE), _NEG, key_TE) + 0.0  # + 0.0 makes -0.0 equal 0.0
-    if key.dtype == torch.float64:
+    key = torch.nan_to_num(key_TE, nan=_NEG, posinf=-_NEG, neginf=_NEG)
+    if key.numel() <= _FEW or key.dtype == torch.float64:
         return key.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    key = key + 0.0  # makes -0.0 equal 0.0
     bits = key.float().contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     count = key.shape[-1]
@@ -118,7 +123,7 @@ def _scores(z_TE: Tensor, r: RoutingSpec) -> Tensor | None:
 
 def _keep_groups(key_TE: Tensor, groups: GroupSpec) -> Tensor:
     key_TGM = key_TE.unflatten(1, (groups.count, -1))
-    clean = torch.where(torch.isnan(key_TGM), _NEG, key_TGM)
+    clean = torch.nan_to_num(key_TGM, nan=_NEG, posinf=-_NEG, neginf=_NEG)
     best = clean.amax(-1) if groups.score == "max" else clean.topk(2, dim=-1).values.sum(-1)
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, stable_topk(best, groups.kept), True)
     return torch.where(kept.unsqueeze(-1), key_TGM, _NEG if groups.fill == "-inf" else 0.0).flatten(1)

@@ -17,6 +17,8 @@ INFO = PairInfo(name="local", tokens="replicated", reduces=False, experts_return
 
 def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm) -> tuple[Tensor, Trip]:
     """The tokens as they are; ids of other ranks' experts become -1."""
+    if slots.whole:
+        return x_TH, Trip(topk)
     ids = slots.local(slots.physical(topk), comm.coordinates["ep"])
     return x_TH, Trip(dataclasses.replace(topk, ids=ids, space="physical"))
 

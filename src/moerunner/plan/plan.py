@@ -108,7 +108,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Equal on ranks that issue the same collectives for the same layer; kernels on a rank are its own affair."""
-        own = {"kernel", "reason", "refused"}
+        own = {"kernel", "reason", "refused", "few"}
         steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
         data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, steps]
         return hashlib.sha256(json.dumps(data, default=str, sort_keys=True).encode()).hexdigest()[:16]
@@ -124,6 +124,7 @@ class Plan:
                 "kernel": s.kernel,
                 "reason": s.reason,
             }
+            row["few"] = {"tokens": s.few[0], "kernel": s.few[1]} if s.few[0] else None
             row["refused"] = [{"kernel": k, "reason": r} for k, r in s.refused]
             row["state"] = _describe(states[s.value]) if s.value in states else ""
             rows.append(row)
@@ -147,6 +148,8 @@ class Plan:
             lines.append(f"{number:3}. {row['name']:<34} {row['state']}")
             if row["reason"]:
                 lines.append(f"       because {row['reason']}")
+            if row["few"]:
+                lines.append(f"       up to {row['few']['tokens']} tokens {row['few']['kernel']} instead")
             lines += [f"       not {refused['kernel']}: {refused['reason']}" for refused in row["refused"]]
         issued = ", ".join(f"{kind} over {'+'.join(axes)}" for kind, axes in self.collectives) or "none"
         lines.append(f"collectives: {issued}; {self.bytes_per_token():.0f} bytes sent per rank and token")

@@ -185,6 +185,7 @@ class _Builder:
             kernel=info.name,
             reason=chosen.reason,
             refused=chosen.refused,
+            few=(chosen.few[0], chosen.few[1].INFO.name) if chosen.few is not None else (0, ""),
             axes=() if info.reduced else axes,
             weighs=on_input or not rows,
             sums=not rows,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from moerunner.errors import SpecError
@@ -276,6 +277,7 @@ class ActivationSpec:
         if self.clamp_after and self.limit is None and self.kind != "swigluoai":
             refuse(f"{w}.clamp_after", "is set but there is no limit")
 
+    @lru_cache(maxsize=256)  # noqa: B019 - asked at every call of an expert; specs are few
     def resolved(self) -> ActivationSpec:
         """The same function in terms of silu, gelu, gelu_tanh, relu and relu2, with every constant filled in."""
         if self.kind == "swigluoai":
