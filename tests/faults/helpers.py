@@ -342,7 +342,7 @@ def pad_experts(weights, width, fill=0.0):
 @contextlib.contextmanager
 def toy_backend(run=eager.run, name="toy", **declares):
     """A third party's backend: what eager declares, changed by `declares`; gives the options that choose it."""
-    info = dataclasses.replace(eager.INFO, **{"name": name, "priority": {}, **declares})
+    info = dataclasses.replace(eager.INFO, **{"name": name, "priority": {}, "few_tokens": {}, **declares})
     register(SimpleNamespace(INFO=info, run=run))
     try:
         yield Options(backend=name, deterministic=info.deterministic)
