@@ -10,6 +10,7 @@ from moerunner.errors import (
     WeightsError,
 )
 from moerunner.experts import fused_experts
+from moerunner.models import Replaced, Report, Skipped, load, patch, unpatch
 from moerunner.parallel import Layout
 from moerunner.plan import Options, Plan, resolve
 from moerunner.runner import MoERunner
@@ -47,13 +48,19 @@ __all__ = [
     "Plan",
     "PlanError",
     "RMSNorm",
+    "Replaced",
+    "Report",
     "RoutingSpec",
     "SharedSpec",
+    "Skipped",
     "SpecError",
     "TopK",
     "TransformSpec",
     "UnsupportedError",
     "WeightsError",
     "fused_experts",
+    "load",
+    "patch",
     "resolve",
+    "unpatch",
 ]
