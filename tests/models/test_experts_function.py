@@ -162,9 +162,9 @@ def test_from_pretrained_takes_the_name(case, tmp_path):
 
 
 ORDERS = {
-    "moerunner first": "import moerunner.models\nassert 'transformers' not in sys.modules\nimport transformers",
-    "transformers first": "import transformers\nimport moerunner.models",
-    "registry first": "import transformers.integrations.moe\nimport moerunner.models",
+    "moerunner first": "import moerunner\nassert 'transformers' not in sys.modules\nimport transformers",
+    "transformers first": "import transformers\nimport moerunner",
+    "registry first": "import transformers.integrations.moe\nimport moerunner",
 }
 
 

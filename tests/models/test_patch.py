@@ -203,7 +203,31 @@ def test_every_gradient_mode(mixtral, mode):
     assert torch.equal(out.detach().clone(), logits(mixtral))
 
 
+def test_autocast(model):
+    """Transformers' own block under autocast is the yardstick; a tie of two logits may fall the other way."""
+    block, x = next(iter(blocks(model).values())), torch.randn(1, 200, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own = block(x).float()
+        patch(model)
+        patched = block(x).float()
+    per_token = (patched - own).abs().amax(-1) / own.abs().max()
+    assert (per_token <= 2e-2).float().mean() >= 0.95
+
+
+def test_gradient_checkpointing(mixtral):
+    mixtral.train()
+    patch(mixtral)
+    grads = []
+    for enable in (mixtral.gradient_checkpointing_disable, mixtral.gradient_checkpointing_enable):
+        enable()
+        mixtral.zero_grad()
+        mixtral(prompt()).logits.square().mean().backward()
+        grads.append(mixtral.model.layers[0].mlp.experts.down_proj.grad.clone())
+    assert torch.equal(*grads)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_move_to_the_gpu_after_the_patch(model):
     patch(model)
     expected = logits(model)

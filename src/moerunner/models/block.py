@@ -50,25 +50,38 @@ class Held:
 
 @dataclass(frozen=True)
 class Part:
-    """A module that the runner reads tensors from, or passes through on the way to them, instead of calling it.
+    """The block (empty path) or a module inside it, which the runner reads tensors from instead of calling it.
 
-    path: from the block, empty for the block itself. kind: its class when the block was patched.
+    kind: its class when the block was patched. router: it is the router or inside it.
     """
 
     path: str
     kind: type
+    router: bool
     held: tuple[Held, ...]
+
+    def find(self, block: nn.Module) -> nn.Module:
+        """The module as it is now; straight from the tables of children, since this runs at every forward."""
+        found: nn.Module | None = block
+        for name in self.path.split(".") if self.path else ():
+            found = found._modules.get(name)
+            if found is None:
+                raise Changed(f"{self.path} is gone")
+        return found
 
 
 class Source:
     """The block's tensors as `LayerWeights`, read anew at each call, so that whatever happens to them is seen.
 
     The block is held weakly, so that a patched model is freed like any other, without waiting for the garbage collector.
+    parts: every module of the block. built: its attributes that the spec speaks of, by path, with their values.
     """
 
-    def __init__(self, block: nn.Module, parts: tuple[Part, ...], family: Family, spec: MoESpec) -> None:
+    def __init__(
+        self, block: nn.Module, parts: tuple[Part, ...], built: Mapping[str, Any], family: Family, spec: MoESpec
+    ) -> None:
         self._block = weakref.ref(block)
-        self.parts, self.family, self.spec = parts, family, spec
+        self.parts, self.built, self.family, self.spec = parts, built, family, spec
 
     @property
     def block(self) -> nn.Module:
@@ -91,20 +104,32 @@ class Source:
     def modules(self) -> Iterator[tuple[Part, nn.Module]]:
         """The modules as they are now.
 
-        Raises `Changed` for another class than before, and for hooks or a replaced forward, which the runner would pass
-        over; the router's own are seen to when it is called.
+        Raises `Changed` for another class or built-in value than before, and for hooks or a replaced forward, which the
+        runner would pass over; those of the router are seen to where it is called.
         """
-        block, router = self.block, self.family.router
+        block = self.block
+        for path, value in self.built.items():
+            if reach(block, path) != value:
+                raise Changed(f"{path} is now {reach(block, path)!r}")
         for part in self.parts:
-            module = block.get_submodule(part.path)
-            if part.path and type(module) is not part.kind:
-                raise Changed(f"{part.path} is now a {type(module).__name__}")
-            if part.path and (router is None or part.path != router.path) and listens(module):
-                raise Changed(f"{part.path} has hooks, which the runner would pass over")
+            module = part.find(block)
+            if part.path:  # the block itself is called as always
+                if type(module) is not part.kind:
+                    raise Changed(f"{part.path} is now a {type(module).__name__}")
+                if not part.router and listens(module):
+                    raise Changed(f"{part.path} has hooks, which the runner would pass over")
             yield part, module
 
+    def router_is_watched(self, *, recorders: bool = True) -> bool:
+        """Whether calling the router does more than its class's forward; see `listens`."""
+        return any(listens(part.find(self.block), recorders=recorders) for part in self.parts if part.router)
+
+    def of(self, block: nn.Module) -> Source:
+        """The same for a copy of the block."""
+        return Source(block, self.parts, self.built, self.family, self.spec)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.block, self.parts, self.family, self.spec)
+        return type(self), (self.block, self.parts, self.built, self.family, self.spec)
 
 
 def listens(module: nn.Module, *, recorders: bool = True) -> bool:
@@ -181,12 +206,12 @@ class PatchedForward:
         router = family.router
         if router is None:
             return (), {}
-        module, external = block.get_submodule(router.path), spec.routing.score == "external"
-        if not (external or family.returns != ("hidden",) or listens(module)):
+        external = spec.routing.score == "external"
+        if not (external or family.returns != ("hidden",) or self.source.router_is_watched()):
             return (), {}
         list(self.source.modules())  # what raises must raise before the call: a router must not be called twice
-        answer = module(x.reshape(-1, x.shape[-1]) if router.flat else x)
-        if external or listens(module, recorders=False):
+        answer = block.get_submodule(router.path)(x.reshape(-1, x.shape[-1]) if router.flat else x)
+        if external or self.source.router_is_watched(recorders=False):
             weights, ids = answer[router.weights], answer[router.ids]
             scaled = not spec.apply_routed_scale_to_output
             return answer, {"topk": TopK(ids.to(torch.int64), weights.float(), scaled=scaled)}
@@ -199,11 +224,17 @@ class PatchedForward:
             warnings.warn(f"a patched {name} runs its own forward: {change}", stacklevel=3)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedForward:
-        s = self.source
-        return PatchedForward(Source(copy.deepcopy(s.block, memo), s.parts, s.family, s.spec), self.options)
+        return PatchedForward(self.source.of(copy.deepcopy(self.source.block, memo)), self.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.source, self.options)
+
+
+def reach(start: Any, path: str) -> Any:
+    """The attribute at a dotted path, None where there is none."""
+    for name in path.split("."):
+        start = getattr(start, name, None)
+    return start
 
 
 def slot_of(block: nn.Module) -> str:

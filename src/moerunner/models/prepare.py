@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
 from moerunner.models import families
-from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, slot_of
+from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, slot_of
 from moerunner.models.entry import Family, MissingKey, View, as_view
 from moerunner.plan import Options
 from moerunner.spec import MoESpec
 from moerunner.values import LayerWeights
 
 _LOOKS_LIKE_MOE = re.compile(r"(MoE|Moe)(Block|Layer)?$|SparseMLP$")
+_PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
 _MAY_DIFFER = ("gate", "selection_bias", "per_expert_scale", "global_scale", "hash_table")  # in dtype from the experts
 
 
@@ -72,12 +73,13 @@ def prepare(site: Site, options: Options) -> PatchedForward:
     if slot_of(block) == "forward" and present is not None:
         raise UnsupportedError(f"its forward was replaced by {present!r}")
     family, config, spec = spec_of(site)
+    built = {path: reach(block, path) for path in family.holds}
     for path, key in family.holds.items():
-        held, said = _reach(block, path), getattr(config, key)
-        if held != said:
-            raise UnsupportedError(f"it was built with {path} = {held!r}, its config now says {key} = {said!r}")
+        if built[path] != getattr(config, key):
+            says = f"its config now says {key} = {getattr(config, key)!r}"
+            raise UnsupportedError(f"it was built with {path} = {built[path]!r}, {says}")
     shapes = spec.weight_shapes(vocab_size=getattr(config, "vocab_size", None))
-    source = Source(block, _parts(block, family, shapes), family, spec)
+    source = Source(block, _parts(block, family, shapes), built, family, spec)
     _check_tensors(source())
     return PatchedForward(source, options)
 
@@ -106,7 +108,7 @@ def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
 
 
 def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]]) -> tuple[Part, ...]:
-    """The modules on the way to the tensors, each tensor with the shape that the spec wants."""
+    """Every module of the block with its tensors, each with the shape that the spec wants."""
     if "shared_gate_proj" in family.weights and "shared_w13" in shapes:
         rows, hidden = shapes.pop("shared_w13")
         shapes["shared_gate_proj"] = shapes["shared_up_proj"] = (rows // 2, hidden)
@@ -115,24 +117,25 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
         if name not in family.weights:
             raise UnsupportedError(f"the entry {family.name!r} does not say where {name} is")
         view = as_view(family.weights[name])
-        _check_tensor(_reach(block, view.path), view, shape)
         path, _, attribute = view.path.rpartition(".")
-        names = path.split(".")
-        for depth in range(len(names)):
-            held.setdefault(".".join(names[: depth + 1]), [])
-        held[path].append(Held(name, attribute, view.change, shape))
-    parts = tuple(Part(path, type(block.get_submodule(path)), tuple(tensors)) for path, tensors in held.items())
-    for part in parts:
-        _check_kind(block, part)
-    return parts
+        _check_tensor(reach(block, view.path), view, shape)
+        held.setdefault(path, []).append(Held(name, attribute, view.change, shape))
+    router = family.router.path if family.router is not None else None
+    parts = []
+    for path, module in block.named_modules():
+        _check_kind(block, path, type(module))
+        inside = router is not None and f"{path}.".startswith(f"{router}.")
+        parts.append(Part(path, type(module), inside, tuple(held.pop(path, ()))))
+    assert not held, "a tensor's path leads through modules"
+    return tuple(parts)
 
 
-def _check_kind(block: nn.Module, part: Part) -> None:
+def _check_kind(block: nn.Module, path: str, kind: type) -> None:
     """Adapters and quantisers put classes of their own in place of the model's; a runner would pass over what they do."""
-    owner = families.forward_owner(part.kind)
+    owner = families.forward_owner(kind)
     home = families.forward_owner(type(block)).__module__.rpartition(".")[0]
-    if owner.__module__.rpartition(".")[0] != home and not owner.__module__.startswith("torch.nn.modules."):
-        raise UnsupportedError(f"{part.path} is a {owner.__module__}.{owner.__qualname__}, not the model's own module")
+    if owner.__module__.rpartition(".")[0] != home and not owner.__module__.startswith(_PLAIN_MODULES):
+        raise UnsupportedError(f"{path} is a {owner.__module__}.{owner.__qualname__}, not the model's own module")
 
 
 def _check_tensor(tensor: Any, view: View, shape: tuple[int, ...]) -> None:
@@ -168,9 +171,3 @@ def copied_bytes(weights: LayerWeights, block: nn.Module) -> int:
     """Memory of the tensors that are not the block's own."""
     own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
     return sum(t.nbytes for t in _tensors(weights).values() if t.untyped_storage().data_ptr() not in own)
-
-
-def _reach(start: Any, path: str) -> Any:
-    for part in path.split("."):
-        start = getattr(start, part, None)
-    return start
