@@ -24,6 +24,7 @@ from moerunner.parallel import allgather, alltoall, local
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import Pair, SlotMap, Trip
 from moerunner.plan import Plan, Step
+from moerunner.quant import dequantized
 from moerunner.shared import SharedExperts
 from moerunner.spec import Custom, Linear, RMSNorm, TransformSpec
 from moerunner.values import ExpertWeights, LayerWeights, TopK
@@ -215,6 +216,8 @@ class Verbs:
         return total
 
     def _run(self, x_RH: Tensor, topk: TopK, experts: ExpertWeights) -> Tensor:
+        if self._experts_step.dequantises:
+            experts = dequantized(experts, self.dtype)
         few = self._few_backend if x_RH.shape[0] <= self._few_tokens else None
         backend = few or self._backend
         x_RH = x_RH.clone() if backend.INFO.writes_input else x_RH

@@ -108,7 +108,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Equal on ranks that issue the same collectives for the same layer; kernels on a rank are its own affair."""
-        own = {"kernel", "reason", "refused", "few"}
+        own = {"kernel", "reason", "refused", "few", "dequantises"}
         steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
         data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, steps]
         return hashlib.sha256(json.dumps(data, default=str, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 
+from moerunner import quant
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts.base import Request
-from moerunner.experts.registry import choose
+from moerunner.experts.registry import Chosen, choose
 from moerunner.parallel import allgather, alltoall, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
@@ -42,6 +44,9 @@ def resolve(
         raise WeightsError("have no experts.0.w2", where="resolve", next_step="Pass LayerWeights.meta()")
     if options.grad and layout.world > 1:
         raise UnsupportedError("gradients are given on one rank only", where="resolve", next_step="Use one rank, or no_grad")
+    if w2.format != quant.PLAIN and options.dtype is None:
+        what = f"experts in the format {w2.format!r} do not say in which dtype the layer computes"
+        raise WeightsError(what, where="resolve", next_step="Give Options(dtype=...)")
     dtype = options.dtype or w2.dtype
     return _Builder(spec, layout, dict(weights_meta), str(device).split(":")[0], dtype, options).plan()
 
@@ -158,33 +163,34 @@ class _Builder:
         rows = pair.experts_return == "rows" or e.row_norm is not None
         sets = sorted({n.split(".")[1] for n in self.meta if n.startswith("experts.")})
         products = [self.meta[f"experts.{i}.{n}"] for i in sets for n in ("w13", "w2")]
-        chosen = choose(
-            Request(
-                device=self.device,
-                dtype=self.dtype,
-                activation=e.activation,
-                gate_up=products[0].gate_up,
-                shapes=tuple(m.shape for m in products),
-                strides=tuple(m.stride for m in products),
-                format=products[0].format,
-                bias=e.bias,
-                input_weighting=on_input,
-                rows=rows,
-                grad=bool(self.options.grad),
-                deterministic=self.options.deterministic,
-                batch_invariant=self.options.batch_invariant,
-                capturable=self.options.capturable,
-            ),
-            self.options.backend,
+        request = Request(
+            device=self.device,
+            dtype=self.dtype,
+            activation=e.activation,
+            gate_up=products[0].gate_up,
+            shapes=tuple(m.shape for m in products),
+            strides=tuple(m.stride for m in products),
+            format=products[0].format,
+            bias=e.bias,
+            input_weighting=on_input,
+            rows=rows,
+            grad=bool(self.options.grad),
+            deterministic=self.options.deterministic,
+            batch_invariant=self.options.batch_invariant,
+            capturable=self.options.capturable,
         )
+        widths = [-(-width // self.layout.tp) for width in spec.expert_widths]
+        plain = [shape for width in widths for shape in ((1, spec.routed_hidden_size), (1, width))]
+        chosen, dequantises = _choose(request, self.options.backend, tuple(plain))
         info = chosen.backend.INFO
         axes = tuple(a for a in self.layout.split_axes if not (pair.name == "alltoall" and a == "ep"))
         applies = info.applies_scale and spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
         self.add(
             "experts",
             kernel=info.name,
-            reason=chosen.reason,
+            reason=chosen.reason + (f", on weights dequantised from {dequantises!r} at each call" if dequantises else ""),
             refused=chosen.refused,
+            dequantises=dequantises,
             few=(chosen.few[0], chosen.few[1].INFO.name) if chosen.few is not None else (0, ""),
             axes=() if info.reduced else axes,
             weighs=on_input or not rows,
@@ -267,3 +273,15 @@ class _Builder:
             dtype=self.reduce_dtype,
             reason="the one reduction of routed and shared together" if self.spec.shared else "the one reduction",
         )
+
+
+def _choose(request: Request, backend: str, plain: tuple[tuple[int, ...], ...]) -> tuple[Chosen, str]:
+    """A backend that reads the format as it is; else one for the plain weights that the format gives, slow and right."""
+    if request.format == quant.PLAIN:
+        return choose(request, backend), ""
+    quant.get(request.format)
+    try:
+        return choose(request, backend), ""
+    except UnsupportedError:
+        rows = tuple((shape[-1], 1) for shape in plain)
+        return choose(dataclasses.replace(request, format=quant.PLAIN, shapes=plain, strides=rows), backend), request.format

@@ -23,7 +23,7 @@ class Step:
     verb: what it does, of the runner's list, or `reduce`, `select`. at: the verb of the runner that carries it out.
     value: what it changes. reads: what it computes from, where that is another value.
     kernel, reason, refused: what runs it, why, and why not the others. few: another up to so many tokens.
-    axes: of the ranks it concerns.
+    dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
     scatter: a reduction that leaves each rank its own rows.
     """
@@ -36,6 +36,7 @@ class Step:
     reason: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     few: tuple[int, str] = (0, "")
+    dequantises: str = ""
     axes: tuple[str, ...] = ()
     gathers: tuple[str, ...] = ()
     takes: int = 0
