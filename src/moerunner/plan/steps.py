@@ -205,6 +205,30 @@ _EFFECTS: dict[str, Callable[[Step, States, MoESpec], States]] = {
 }
 
 
+def check_complete(steps: tuple[Step, ...], spec: MoESpec) -> None:
+    """Everything that the spec has is done once, and nothing that it does not have."""
+    r = spec.routing
+    wanted = {
+        "gate": r.score != "external" and r.simulate is None,
+        "input_transform": spec.input_transform is not None,
+        "row_norm": spec.experts.row_norm is not None,
+        "output_transform": spec.output_transform is not None,
+        "final_transform": spec.final_transform is not None,
+        "shared": spec.shared is not None,
+        "zero": spec.zero_experts > 0,
+        **dict.fromkeys(("route", "dispatch", "experts", "combine", "join"), True),
+    }
+    last = steps[-1].name if steps else "the end"
+    for verb, needed in wanted.items():
+        found = [s.name for s in steps if s.verb == verb]
+        if needed and not found:
+            raise PlanError(f"no step does '{verb}'", first="the spec", second=last, next_step="Let resolve() build the plan")
+        if found and not needed:
+            raise PlanError("is not part of the layer", first="the spec", second=found[0])
+        if len(found) > 1:
+            raise PlanError("runs a second time", first=found[0], second=found[1])
+
+
 def check_end(steps: tuple[Step, ...], states: States, spec: MoESpec, wanted: str, split: tuple[str, ...]) -> None:
     """What must be true of `out` after the last step. split: the axes with more than one rank that share an answer."""
     out, last = states.get("out"), steps[-1].name if steps else "the input"

@@ -1,0 +1,250 @@
+"""A plan that passes its check computes the right answer, and a plan that would not cannot be built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.support.numerics import relative_error
+
+from moerunner import (
+    ExpertsSpec,
+    LayerWeights,
+    Layout,
+    Linear,
+    MoERunner,
+    MoESpec,
+    Options,
+    Plan,
+    PlanError,
+    RMSNorm,
+    RoutingSpec,
+    SharedSpec,
+    TransformSpec,
+)
+from moerunner.execute import Verbs
+from moerunner.ops.reference import reference
+from moerunner.parallel.comm import simulate
+from moerunner.parallel.layout import BoundLayout
+from moerunner.plan import Step
+
+WIDTH, LATENT = 16, 8
+
+
+def spec_of(**changes: Any) -> MoESpec:
+    base: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_experts": 6,
+        "top_k": 2,
+        "routing": RoutingSpec(score="sigmoid", renormalise="sum", eps=1e-20),
+        "experts": ExpertsSpec(intermediate_size=10),
+        "routed_scaling_factor": 2.5,
+        "apply_routed_scale_to_output": True,
+    }
+    return MoESpec(**{**base, **changes})
+
+
+SHARED = SharedSpec(width=12)
+NORM = TransformSpec((RMSNorm(features=WIDTH),))
+DOWN = TransformSpec((Linear(in_features=WIDTH, out_features=LATENT),))
+UP = TransformSpec((Linear(in_features=LATENT, out_features=WIDTH),))
+UP_NORM = TransformSpec((Linear(in_features=LATENT, out_features=WIDTH), RMSNorm(features=WIDTH)))
+ROWS = ExpertsSpec(intermediate_size=10, row_norm=RMSNorm(features=WIDTH))
+
+SPECS = {
+    "plain": spec_of(),
+    "factor in weights": spec_of(apply_routed_scale_to_output=False, shared=SHARED),
+    "shared": spec_of(shared=SHARED),
+    "latent, linear": spec_of(shared=SHARED, input_transform=DOWN, output_transform=UP),
+    "latent, norm": spec_of(shared=SHARED, input_transform=DOWN, output_transform=UP_NORM),
+    "final norm": spec_of(shared=SHARED, final_transform=NORM),
+    "row norm": spec_of(shared=SHARED, experts=ROWS),
+    "zero experts": spec_of(zero_experts=3, top_k=3, join="sum"),
+    "average, bias": spec_of(shared=SHARED, join="average", output_bias=True),
+    "no factor": spec_of(routed_scaling_factor=1.0, shared=SHARED),
+}
+LAYOUTS = {
+    "one": Layout(),
+    "tp2": Layout(tp=2),
+    "ep2": Layout(ep=2),
+    "ep2 tp2": Layout(ep=2, tp=2),
+    "tp2 shared whole": Layout(tp=2, shared="replicated"),
+    "sharded ep2": Layout(ep=2, tokens="sharded"),
+    "sharded ep4": Layout(ep=4, tokens="sharded"),
+    "sharded ep2 tp2": Layout(ep=2, tp=2, tokens="sharded"),
+}
+PAD = 3  # experts' weights are stored this much wider, so that pads and trims are in the plans
+
+
+def weights_of(spec: MoESpec, pad: int) -> LayerWeights:
+    tensors = {n: torch.randn(shape) * 0.4 for n, shape in spec.weight_shapes().items()}
+    tensors["w13"] = torch.nn.functional.pad(tensors["w13"], (0, pad))
+    tensors["w2"] = torch.nn.functional.pad(tensors["w2"], (0, 0, 0, pad))
+    return LayerWeights.of(spec, tensors)
+
+
+def tokens_of(layout: Layout, count: int = 6) -> list[torch.Tensor]:
+    whole = torch.randn(count, WIDTH)
+    if layout.tokens == "replicated":
+        return [whole] * layout.world
+    return [torch.randn(n, WIDTH) for n in ([3, 0, 2, 4] * layout.world)[: layout.world]]
+
+
+def mutations(steps: tuple[Step, ...]) -> Iterator[tuple[str, tuple[Step, ...]]]:
+    """Every plan that one slip would make: a step left out, done twice, or changed places with the next."""
+    for i, step in enumerate(steps):
+        yield f"without {step.name}", steps[:i] + steps[i + 1 :]
+        yield f"twice {step.name}", steps[: i + 1] + steps[i:]
+        if i + 1 < len(steps):
+            swapped = (*steps[:i], steps[i + 1], step, *steps[i + 2 :])
+            yield f"{steps[i + 1].name} before {step.name}", swapped
+
+
+def run(plan: Plan, bound: BoundLayout, runner: MoERunner, x: torch.Tensor) -> torch.Tensor:
+    runner._verbs.clear()
+    runner._verbs["cpu", x.dtype, False] = Verbs(plan, bound.comm, runner._slots)
+    runner._agreed = True
+    return runner(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_one_slip_is_refused_or_harmless(name: str, layout: str) -> None:
+    spec, place = SPECS[name], LAYOUTS[layout]
+    pad = PAD if spec.experts.row_norm is None else 0
+    weights, rows = weights_of(spec, pad), tokens_of(place)
+    expected = [reference(spec, weights, x) for x in rows]
+    plan = simulate(place, lambda bound: MoERunner(spec, weights, bound).plan)[0]
+    refused, legal, named = 0, 0, set()
+    for what, steps in mutations(plan.steps):
+        try:
+            changed = dataclasses.replace(plan, steps=steps)
+        except PlanError as error:
+            named.update((error.first, error.second))
+            refused += 1
+            continue
+        legal += 1
+
+        def rank_main(bound: BoundLayout, changed: Plan = changed) -> torch.Tensor:
+            with torch.no_grad():
+                return run(changed, bound, MoERunner(spec, weights, bound), rows[bound.comm.rank])
+
+        for y, ref in zip(simulate(place, rank_main), expected, strict=True):
+            assert y.shape == ref.shape, what
+            if ref.numel():
+                assert relative_error(y, ref) <= 2e-6, what
+    assert refused >= 8, (refused, legal)
+    assert "" not in named
+
+
+def plan_of(spec: MoESpec, layout: Layout | None = None, options: Options | None = None, pad: int = 0) -> Plan:
+    weights = weights_of(spec, pad)
+    return simulate(layout or Layout(), lambda bound: MoERunner(spec, weights, bound, options).plan)[0]
+
+
+def insert(plan: Plan, step: Step, *, after: str) -> Plan:
+    at = next(i for i, s in enumerate(plan.steps) if s.verb == after) + 1
+    return dataclasses.replace(plan, steps=(*plan.steps[:at], step, *plan.steps[at:]))
+
+
+@pytest.mark.parametrize(
+    ("step", "after", "spec", "layout", "first", "what"),
+    [
+        (Step(verb="scale"), "scale", "plain", "one", "scale", "second time"),
+        (Step(verb="scale"), "combine", "factor in weights", "one", "route (sigmoid)", "second time"),
+        (Step(verb="scale"), "combine", "no factor", "one", "the spec (factor 1)", "second time"),
+        (Step(verb="reduce", axes=("tp",)), "combine", "plain", "one", "the input", "reduces over tp"),
+        (Step(verb="reduce", value="out", axes=("tp",)), "reduce", "plain", "tp2", "reduce out over tp", "reduces over tp"),
+        (Step(verb="reduce", axes=("ep",)), "combine", "shared", "sharded ep2", "combine (allgather)", "reduces over ep"),
+        (Step(verb="select", axes=("tp",)), "combine", "plain", "tp2", "experts", "needs the whole value"),
+        (Step(verb="row_norm"), "combine", "plain", "one", "the spec", "is not part of the layer"),
+        (Step(verb="trim", width=WIDTH), "combine", "plain", "one", "the input", "no padding"),
+        (Step(verb="pad", width=8), "route", "plain", "one", "the input", "would cut"),
+        (Step(verb="pad", width=WIDTH), "join", "final norm", "one", "pad", "no contradiction"),
+        (
+            Step(verb="output_transform", takes=WIDTH, width=WIDTH, linear=False),
+            "combine",
+            "no factor",
+            "tp2",
+            "the spec",
+            "is not part of the layer",
+        ),
+    ],
+)
+def test_an_inserted_step_names_the_one_it_contradicts(
+    step: Step, after: str, spec: str, layout: str, first: str, what: str
+) -> None:
+    plan = plan_of(SPECS[spec], LAYOUTS[layout])
+    if what == "no contradiction":
+        insert(plan, step, after=after)  # padding to the width that it has changes nothing
+        return
+    with pytest.raises(PlanError, match=what) as caught:
+        insert(plan, step, after=after)
+    assert caught.value.first == (f"experts ({plan.backend})" if first == "experts" else first)
+    assert caught.value.second.startswith(step.verb)
+
+
+def test_what_is_not_linear_waits_for_the_reduction() -> None:
+    plan = plan_of(SPECS["latent, norm"], LAYOUTS["tp2"])
+    with pytest.raises(PlanError, match="not linear and the value is a partial sum over tp") as caught:
+        dataclasses.replace(plan, steps=tuple(s for s in plan.steps if s.at != "output_transform"))
+    assert caught.value.first == f"experts ({plan.backend})"
+    assert caught.value.second.startswith("output_transform")
+
+
+@pytest.mark.parametrize("verb", ["gate", "shared"])
+def test_gate_and_shared_experts_read_the_callers_tokens(verb: str) -> None:
+    plan = plan_of(SPECS["latent, linear"])
+    moved = [s for s in plan.steps if s.verb != verb]
+    bad = dataclasses.replace(next(s for s in plan.steps if s.verb == verb), reads="routed")
+    at = next(i for i, s in enumerate(moved) if s.verb == "input_transform") + 1
+    with pytest.raises(PlanError, match="instead of the caller's tokens") as caught:
+        dataclasses.replace(plan, steps=(*moved[:at], bad, *moved[at:]))
+    assert caught.value.first.startswith("input_transform") or caught.value.second.startswith("dispatch")
+
+
+MINIMAL = {
+    "tp2": (("all_reduce", ("tp",)),),
+    "ep2": (("all_reduce", ("ep",)),),
+    "ep2 tp2": (("all_reduce", ("ep", "tp")),),
+    "tp2 shared whole": (("all_reduce", ("tp",)),),
+    "sharded ep2": (("all_gather", ("ep",)), ("reduce_scatter", ("ep",))),
+    "sharded ep4": (("all_to_all", ("ep",)), ("all_to_all", ("ep",))),
+}
+
+
+@pytest.mark.parametrize("layout", MINIMAL)
+@pytest.mark.parametrize("name", ["plain", "shared", "latent, linear", "final norm", "average, bias"])
+def test_as_few_collectives_as_can_be(name: str, layout: str) -> None:
+    assert plan_of(SPECS[name], LAYOUTS[layout]).collectives == MINIMAL[layout]
+
+
+def test_a_norm_costs_a_reduction_of_its_own() -> None:
+    issued = plan_of(SPECS["latent, norm"], LAYOUTS["tp2"]).collectives
+    assert issued == (("all_reduce", ("tp",)), ("all_reduce", ("tp",)))
+    assert plan_of(SPECS["latent, norm"], LAYOUTS["tp2 shared whole"]).collectives == (("all_reduce", ("tp",)),)
+
+
+def test_partial_output_is_left_to_the_caller() -> None:
+    spec = SPECS["average, bias"]
+    weights, x = weights_of(spec, PAD), torch.randn(5, WIDTH)
+    for layout in (LAYOUTS["tp2"], LAYOUTS["ep2 tp2"], LAYOUTS["tp2 shared whole"]):
+        parts = simulate(layout, lambda bound: MoERunner(spec, weights, bound, Options(output="partial"))(x))
+        assert relative_error(torch.stack(parts).double().sum(0), reference(spec, weights, x)) <= 2e-6
+        assert plan_of(spec, layout, Options(output="partial")).collectives == ()
+
+
+def test_fingerprints_tell_layers_apart_and_not_kernels() -> None:
+    plan = plan_of(SPECS["shared"], LAYOUTS["tp2"])
+    assert plan.fingerprint == plan_of(SPECS["shared"], LAYOUTS["tp2"], Options(backend="eager")).fingerprint
+    others = [(SPECS["plain"], LAYOUTS["tp2"]), (SPECS["shared"], LAYOUTS["ep2"]), (SPECS["no factor"], LAYOUTS["tp2"])]
+    assert plan.fingerprint not in {plan_of(*other).fingerprint for other in others}
+
+
+def test_explain_says_what_runs_and_why() -> None:
+    text = plan_of(SPECS["latent, norm"], LAYOUTS["ep2 tp2"], pad=PAD).explain()
+    for part in ("experts (eager)", "not grouped_mm: needs", "is not linear", "8 of 11", "all_reduce over ep+tp"):
+        assert part in text, text
