@@ -85,15 +85,15 @@ class Layout:
         return [(d * self.ep + e) * self.tp + t for d, e, t in itertools.product(*ranges)]
 
     def slots(self, num_experts: int, sets: int = 1) -> tuple[tuple[int, ...], ...]:
-        """The experts that each ep coordinate holds, by slot; -1 is an empty slot, so that all hold equally many.
+        """The experts that each ep coordinate holds, by slot; -1 is an empty slot, so that all hold equally many of each set.
 
         Each of `sets` equal, consecutive sets of experts (text and vision, say) is spread by itself.
         """
         size = num_experts // sets
         rows: list[list[int]] = [[] for _ in range(self.ep)]
-        for first in range(0, num_experts, size):
-            spread = self._spread(range(first, first + size))
-            longest = max(len(part) for part in spread)
+        spreads = [self._spread(range(first, first + size)) for first in range(0, num_experts, size)]
+        longest = max(len(part) for spread in spreads for part in spread)
+        for spread in spreads:
             for row, part in zip(rows, spread, strict=True):
                 row += part + [-1] * (longest - len(part))
         missing = sorted(set(range(num_experts)) - {e for row in rows for e in row})

@@ -97,15 +97,18 @@ class SlotMap:
 def pack(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
     """Tokens, ids and weights as one byte tensor [R, bytes], so that they travel in one collective."""
     parts = (x_RH, ids_RK.to(torch.int32), weights_RK)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+    return torch.cat([_view(part, torch.uint8) for part in parts], dim=1)
 
 
 def unpack(packed: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `pack`; x and weights give dtypes and widths."""
     hidden, k = x.shape[1] * x.element_size(), weights.shape[1]
     rows, ids, w = packed.split([hidden, 4 * k, weights.element_size() * k], dim=1)
-    return (
-        rows.contiguous().view(x.dtype),
-        ids.contiguous().view(torch.int32).to(torch.int64),
-        w.contiguous().view(weights.dtype),
-    )
+    return _view(rows, x.dtype), _view(ids, torch.int32).to(torch.int64), _view(w, weights.dtype)
+
+
+def _view(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes. Without rows, strides and offsets may be such that PyTorch refuses the view."""
+    if rows.shape[0]:
+        return rows.contiguous().view(dtype)
+    return rows.new_empty(0, rows.shape[1] * rows.element_size() // dtype.itemsize, dtype=dtype)
