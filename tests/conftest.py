@@ -1,0 +1,46 @@
+"""One seed for everything, printed in the header: MOERUNNER_SEED=... repeats a run."""
+
+import os
+import random
+import time
+import zlib
+
+SEED = int(os.environ.setdefault("MOERUNNER_SEED", str(int(time.time()) % 10**9)))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis  # noqa: E402
+import hypothesis.core  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "moerunner",
+    deadline=None,  # a shared core stalls at times
+    print_blob=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("moerunner")
+
+
+def pytest_configure(config):
+    if config.getoption("--hypothesis-seed", None) is None:
+        hypothesis.core.global_force_seed = SEED
+
+
+def pytest_report_header():
+    return f"MOERUNNER_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """Every test has a stream of its own, which does not depend on the tests before it."""
+    seed = (SEED + zlib.crc32(request.node.nodeid.encode())) % 2**32
+    random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(seed)  # noqa: NPY002 - the global stream is the one a test may read by accident

@@ -1,0 +1,249 @@
+"""The result does not depend on the layout, and every layout issues the collectives that its plan names, no more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tests.support.numerics import assert_as_good_as_plain, assert_close
+from tests.support.running import collected, expected, plain, rank_tokens, run
+from tests.support.strategies import (
+    SEEDS,
+    STORAGES,
+    Storage,
+    layouts,
+    make_weights,
+    options_for,
+    replayed,
+    specs,
+    token_counts,
+)
+
+from moerunner import (
+    ExpertsSpec,
+    LayerWeights,
+    Layout,
+    Linear,
+    MoERunner,
+    MoESpec,
+    Options,
+    RMSNorm,
+    RoutingSpec,
+    SharedSpec,
+    TransformSpec,
+)
+from moerunner.ops.reference import reference
+from moerunner.parallel.comm import simulate
+
+LINEAR = TransformSpec((Linear(in_features=8, out_features=16),))
+NORMED = TransformSpec((RMSNorm(features=8), Linear(in_features=8, out_features=16)))
+BASE = MoESpec(
+    hidden_size=16,
+    num_experts=6,
+    top_k=2,
+    routing=RoutingSpec(score="sigmoid", renormalise="sum", selection_bias=True),
+    experts=ExpertsSpec(intermediate_size=12, bias=True),
+    apply_routed_scale_to_output=True,
+    routed_scaling_factor=2.5,
+    shared=SharedSpec(width=10, bias=True),
+    output_bias=True,
+)
+LATENT = dataclasses.replace(
+    BASE, input_transform=TransformSpec((Linear(in_features=16, out_features=8),)), output_transform=LINEAR
+)
+
+
+def check(
+    spec: MoESpec, layout: Layout, options: Options, seed: int, storage: Storage, rows: list[int], dtype: torch.dtype
+) -> None:
+    weights = make_weights(spec, seed, dtype, storage)
+    tokens = [replayed(spec, weights, t) for t in rank_tokens(spec, layout, seed + 1, token_counts(layout, rows), dtype)]
+    answers = run(spec, weights, layout, options, tokens)
+    for answer in answers:
+        assert answer.issued == answer.plan.collectives
+        assert answer.y.dtype == dtype
+    got, wanted = collected(layout, options, answers), expected(spec, weights, layout, options, tokens)
+    assert [y.shape for y in got] == [y.shape for y in wanted]
+    y, reference_y = torch.cat(got), torch.cat(wanted)
+    if dtype == torch.float32:
+        assert_close(y, reference_y)
+    else:
+        by_hand = torch.cat(expected(spec, weights, layout, options, tokens, lambda t: plain(spec, weights, t)))
+        assert_as_good_as_plain(y.to(dtype), by_hand, reference_y)
+    event(f"dispatch {answers[0].plan.step('dispatch').kernel}, output {options.output}")
+
+
+@st.composite
+def problems(draw: st.DrawFn, world: int):
+    spec = draw(specs())
+    layout = draw(layouts(spec.num_experts, world=world))
+    rows = draw(st.lists(st.integers(0, 5), min_size=1, max_size=layout.world))
+    return spec, layout, draw(options_for(layout)), draw(SEEDS), draw(STORAGES), rows
+
+
+@settings(max_examples=100)
+@given(problems(4))
+def test_every_layout_equals_the_oracle(problem):
+    check(*problem, torch.float32)
+
+
+@pytest.mark.slow
+@settings(max_examples=800)
+@given(problems(8))
+def test_every_layout_equals_the_oracle_long(problem):
+    check(*problem, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=25)
+@given(problems(4))
+def test_every_layout_in_low_precision(dtype, problem):
+    *rest, rows = problem
+    check(*rest, [n + 8 for n in rows], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=300)
+@given(problems(8))
+def test_every_layout_in_low_precision_long(dtype, problem):
+    *rest, rows = problem
+    check(*rest, [n + 8 for n in rows], dtype)
+
+
+@settings(max_examples=25)
+@given(problems(4))
+def test_own_routing_is_the_same_on_every_rank(problem):
+    """Without replay: ranks that hold the same tokens route alike, and the whole equals one rank bit for bit in its ids."""
+    spec, layout, options, seed, storage, rows = problem
+    weights = make_weights(spec, seed, torch.float32, storage)
+    tokens = rank_tokens(spec, layout, seed + 1, token_counts(layout, rows), torch.float32)
+    one = MoERunner(spec, weights)
+
+    def alone(t):
+        with torch.no_grad():
+            return one(t.x, **t.inputs).double()
+
+    answers = run(spec, weights, layout, options, tokens)
+    got, wanted = collected(layout, options, answers), expected(spec, weights, layout, options, tokens, alone)
+    assert_close(torch.cat(got), torch.cat(wanted))
+
+
+# ---- the number of collectives
+
+
+def collectives(spec: MoESpec, layout: Layout, **options) -> list[str]:
+    weights = make_weights(spec, 0)
+    return [kind for kind, _ in _plan(spec, weights, layout, **options).collectives]
+
+
+def _plan(spec: MoESpec, weights: LayerWeights, layout: Layout, **options):
+    return simulate(layout, lambda bound: MoERunner(spec, weights, bound, Options(**options)).plan)[0]
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"ep": 2}, {"ep": 2, "tp": 2}])
+@pytest.mark.parametrize("shared", ["sharded", "replicated"])
+@pytest.mark.parametrize("spec", [BASE, LATENT], ids=["plain", "latent"])
+def test_replicated_tokens_take_one_reduction(axes, shared, spec):
+    """A linear output transform runs before the one reduction, a replicated shared expert needs none of its own."""
+    assert collectives(spec, Layout(**axes, shared=shared)) == ["all_reduce"]
+    assert collectives(spec, Layout(**axes, shared=shared), output="shard") == ["reduce_scatter"]
+    assert collectives(spec, Layout(**axes, shared=shared), output="partial") == []
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"ep": 2, "tp": 2}])
+def test_a_transform_that_is_not_linear_waits_for_the_reduction(axes):
+    spec = dataclasses.replace(LATENT, output_transform=NORMED)
+    assert collectives(spec, Layout(**axes, shared="replicated")) == ["all_reduce"]
+    plan = _plan(spec, make_weights(spec, 0), Layout(**axes, shared="sharded"))
+    assert [kind for kind, _ in plan.collectives] == ["all_reduce", "all_reduce"]
+    assert [s.value for s in plan.steps if s.verb == "reduce"] == ["routed", "shared"]
+
+
+def test_sharded_tokens_take_two_collectives():
+    layout = Layout(ep=2, tokens="sharded")
+    assert collectives(BASE, layout, dispatch="allgather") == ["all_gather", "reduce_scatter"]
+    assert collectives(BASE, layout, dispatch="alltoall") == ["all_to_all", "all_to_all"]
+    both = Layout(ep=2, tp=2, tokens="sharded")
+    assert collectives(BASE, both, dispatch="allgather") == ["all_gather", "reduce_scatter"]
+    assert sorted(collectives(BASE, both, dispatch="alltoall")) == [
+        "all_gather",
+        "all_to_all",
+        "all_to_all",
+        "reduce_scatter",
+    ]
+
+
+@pytest.mark.parametrize("tokens", ["replicated", "sharded"])
+def test_copies_talk_to_no_one(tokens):
+    assert collectives(BASE, Layout(dp=2, tokens=tokens)) == []
+
+
+def test_exchange_of_counts_stands_beside_the_plan():
+    """The log holds what moves rows; the row counts of uneven ranks travel before and are not part of the plan."""
+    layout = Layout(ep=2, tokens="sharded")
+    weights = make_weights(BASE, 0)
+    for dispatch in ("allgather", "alltoall"):
+        options = Options(dispatch=dispatch)
+        for rows in ([3, 0], [0, 0], [1, 4]):
+            tokens = rank_tokens(BASE, layout, 1, rows, torch.float32)
+            answers = run(BASE, weights, layout, options, tokens)
+            assert all(a.issued == a.plan.collectives for a in answers), rows
+            got, wanted = collected(layout, options, answers), expected(BASE, weights, layout, options, tokens)
+            assert_close(torch.cat(got), torch.cat(wanted))
+
+
+# ---- bytes
+
+
+def bytes_of(spec: MoESpec, layout: Layout, **options) -> float:
+    return _plan(spec, make_weights(spec, 0), layout, **options).bytes_per_token()
+
+
+def test_bytes_follow_the_ring_formulas():
+    row = 16 * 4
+    assert bytes_of(BASE, Layout(dp=2)) == 0
+    assert bytes_of(BASE, Layout(tp=2)) == row * 2 * 1 / 2
+    assert bytes_of(BASE, Layout(ep=2, tp=2)) == row * 2 * 3 / 4
+    assert bytes_of(BASE, Layout(ep=2, tp=2), output="shard") == row * 3 / 4
+    assert bytes_of(BASE, Layout(ep=2), output="partial") == 0
+    gathered = bytes_of(BASE, Layout(ep=2, tokens="sharded"), dispatch="allgather")
+    assert gathered == row + row  # to the one other rank, there and back
+    sent = bytes_of(BASE, Layout(ep=2, tokens="sharded"), dispatch="alltoall")
+    assert sent == 2 * BASE.top_k * row / 2  # half of the pairs leave the rank, there and back
+
+
+def test_bytes_follow_the_dtype_that_travels():
+    weights = make_weights(BASE, 0, torch.bfloat16)
+    narrow = _plan(BASE, weights, Layout(tp=2)).bytes_per_token()
+    wide = _plan(BASE, weights, Layout(tp=2), reduce_dtype=torch.float32).bytes_per_token()
+    half = _plan(BASE, make_weights(BASE, 0, torch.float16), Layout(tp=2)).bytes_per_token()
+    assert wide == 2 * narrow
+    assert half == wide, "float16 partial sums travel in float32"
+
+
+# ---- what single faults would break
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"ep": 2}, {"ep": 2, "tp": 2}, {"tp": 4}])
+@pytest.mark.parametrize("shared", ["sharded", "replicated"])
+def test_float16_sums_beyond_its_range_are_right(axes, shared):
+    """The routed and the shared part overflow float16 apart, on every rank, and their sum does not."""
+    spec = dataclasses.replace(BASE, routing=RoutingSpec(score="sigmoid", renormalise="sum"), output_bias=False)
+    weights = make_weights(spec, 3, torch.float16)
+    layout = Layout(**axes, shared=shared)
+    tokens = [replayed(spec, weights, t) for t in rank_tokens(spec, layout, 4, [4] * layout.world, torch.float16)]
+    big, experts = 60000.0, weights.experts[0]
+    for name, value in (("w13", 0.0), ("b13", 0.0), ("w2", 0.0), ("b2", big / 2)):
+        experts.tensors[name].tensor.fill_(value)
+    weights.tensors["shared_w2"].zero_()
+    weights.tensors["shared_b2"].fill_(-big)
+    wanted = reference(spec, weights, tokens[0].x, **tokens[0].inputs)
+    assert 2.5 * big / 2 > torch.finfo(torch.float16).max
+    assert float(wanted.abs().max()) < torch.finfo(torch.float16).max
+    answers = run(spec, weights, layout, Options(), tokens)
+    for answer in answers:
+        assert_close(answer.y, wanted, 1e-3)
