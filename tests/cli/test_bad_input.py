@@ -41,7 +41,7 @@ def test_a_file_in_place_of_a_folder(on, folder):
 
 
 def test_an_empty_folder(on, tmp_path):
-    refused(on(tmp_path), 2, "config.json", "is missing")
+    refused(on(tmp_path), 2, str(tmp_path), "config.json")
 
 
 def test_a_config_that_is_not_json(on, folder):
@@ -63,7 +63,7 @@ def test_a_folder_without_weights(on, folder):
 def test_a_truncated_file(on, folder):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    refused(on(folder), 2, WEIGHTS, "damaged")
+    refused(on(folder), 2, WEIGHTS)
 
 
 def test_a_missing_tensor_is_named(on, folder):

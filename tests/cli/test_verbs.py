@@ -1,6 +1,7 @@
 """What each verb prints and returns when the input is good, and when the model is wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,18 @@ def test_generate_streams_the_text_and_tells_the_speed_apart(cli, saved):
     assert data["prompt_tokens"] == 6
 
 
+def test_generate_says_what_moerunner_did_not_run(cli, saved, tmp_path):
+    from moerunner.verify import tiny_model
+
+    shutil.copytree(saved, tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    outcome = cli("generate", tmp_path / "llama", "abc", "--max-new-tokens", 2)
+    assert outcome.code == 0
+    assert "note: the model has no MoE block" in outcome.err
+    assert parsed(cli("generate", saved, "abc", "--max-new-tokens", 2, "--json"))["report"]["skipped"] == []
+
+
 def test_env_for_people_and_for_machines(cli):
     outcome = cli("env")
     assert outcome.code == 0
@@ -101,6 +114,16 @@ def test_env_for_people_and_for_machines(cli):
     assert data["versions"]["torch"] == torch.__version__
     assert data["smoke"]["ok"]
     assert {"name", "available", "reason"} == set(data["backends"][0])
+
+
+def test_what_a_library_prints_stays_out_of_the_json(cli, monkeypatch):
+    from moerunner import env
+
+    facts = env.collect()
+    monkeypatch.setattr(env, "collect", lambda: print("a library's note") or facts)
+    outcome = cli("env", "--json")
+    assert parsed(outcome) == json.loads(json.dumps(facts))
+    assert "a library's note" in outcome.err
 
 
 def test_env_tells_no_paths(cli, monkeypatch, tmp_path):

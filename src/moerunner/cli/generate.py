@@ -59,9 +59,18 @@ def run(
         stream=screen.write,
     )
     screen.say()
+    report = model.moerunner_report
     if not json:
         print(speed(made), file=sys.stderr)
-    return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict()})
+        for line in left_alone(report):
+            print(f"note: {line}", file=sys.stderr)
+    return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict(), "report": report.to_dict()})
+
+
+def left_alone(report: Any) -> list[str]:
+    """The blocks that Transformers' own code ran, and why."""
+    skipped = [f"{s.name}: {s.reason}" for s in report.skipped]
+    return skipped if report.replaced or skipped else ["the model has no MoE block: Transformers' own code ran all of it"]
 
 
 def speed(made: Any) -> str:
