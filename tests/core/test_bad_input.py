@@ -1,0 +1,251 @@
+"""What cannot be run is refused with what, where and the next step; what is bad in one row stays in that row."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tests.support.numerics import relative_error
+
+from moerunner import (
+    ExpertsSpec,
+    ExpertWeights,
+    LayerWeights,
+    Layout,
+    MoERunner,
+    MoESpec,
+    Options,
+    PlanError,
+    RoutingSpec,
+    SharedSpec,
+    SpecError,
+    TopK,
+    UnsupportedError,
+    WeightsError,
+    fused_experts,
+)
+from moerunner.errors import DistributedError
+from moerunner.ops.reference import reference
+
+SPEC = MoESpec(
+    hidden_size=16,
+    num_experts=6,
+    top_k=2,
+    routing=RoutingSpec(score="sigmoid", selection_bias=True, renormalise="sum", eps=1e-20),
+    experts=ExpertsSpec(intermediate_size=8),
+    shared=SharedSpec(width=8),
+    routed_scaling_factor=2.5,
+    apply_routed_scale_to_output=True,
+)
+BACKENDS = ["eager", "grouped_mm"]
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {n: (torch.randn(shape) * 0.4).to(dtype) for n, shape in SPEC.weight_shapes().items()}
+
+
+def test_missing_extra_and_misshaped_weights_are_all_listed() -> None:
+    given = tensors()
+    del given["gate"], given["w2"]
+    given["w4"] = torch.zeros(1)
+    with pytest.raises(WeightsError, match="missing gate, w2; not in the spec: w4") as caught:
+        MoERunner(SPEC, given)
+    assert "weight_shapes" in str(caught.value)
+    with pytest.raises(WeightsError, match=r"gate has shape \[5, 16\], expected \[6, 16\]; w13 has shape \[6, 15, 16\]"):
+        MoERunner(SPEC, {**tensors(), "gate": torch.zeros(5, 16), "w13": torch.zeros(6, 15, 16)})
+
+
+@pytest.mark.parametrize(
+    ("x", "match"),
+    [
+        (torch.zeros(3, 15), "hidden size is 16"),
+        (torch.zeros(()), "hidden size is 16"),
+        (torch.zeros(3, 16, dtype=torch.float64), "float64, the experts torch.float32"),
+        (torch.zeros(3, 16, device="meta"), "on meta"),
+    ],
+)
+def test_tokens_that_do_not_fit(x: torch.Tensor, match: str) -> None:
+    with pytest.raises((SpecError, WeightsError), match=match):
+        MoERunner(SPEC, tensors())(x)
+
+
+@pytest.mark.parametrize("ids", [[[0, 6]], [[-2, 0]], [[1 << 40, 0]]])
+def test_ids_out_of_range(ids: list) -> None:
+    topk = TopK(torch.tensor(ids), torch.ones(1, 2))
+    with pytest.raises(SpecError, match="allowed are -1 to 5"):
+        MoERunner(SPEC, tensors())(torch.zeros(1, 16), topk=topk)
+    w = tensors()
+    with pytest.raises(SpecError, match="allowed are -1 to 5"):
+        fused_experts(torch.zeros(1, 16), w["w13"], w["w2"], topk.weights, topk.ids)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        ({"topk": TopK(torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))}, "do not fit 3 tokens"),
+        ({"router_logits": torch.zeros(3, 5)}, r"expected \[3, 6\]"),
+        ({"router_input": torch.zeros(2, 16)}, r"expected \[3, 16\]"),
+    ],
+)
+def test_routing_that_does_not_fit(inputs: dict, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        MoERunner(SPEC, tensors())(torch.zeros(3, 16), **inputs)
+
+
+def test_what_a_rule_needs_is_asked_for() -> None:
+    table = MoESpec(
+        hidden_size=16,
+        num_experts=6,
+        top_k=2,
+        routing=RoutingSpec(score="sqrtsoftplus", choose="hash"),
+        experts=ExpertsSpec(intermediate_size=8),
+        apply_routed_scale_to_output=False,
+    )
+    weights = {n: torch.randn(s) for n, s in table.weight_shapes(vocab_size=9).items()}
+    weights["hash_table"] = torch.randint(6, (9, 2))
+    with pytest.raises(SpecError, match="Pass input_ids"):
+        MoERunner(table, weights)(torch.zeros(1, 16))
+    outside = MoESpec(
+        hidden_size=16,
+        num_experts=6,
+        top_k=2,
+        routing=RoutingSpec(score="external"),
+        experts=ExpertsSpec(intermediate_size=8),
+        apply_routed_scale_to_output=False,
+    )
+    with pytest.raises(SpecError, match="Pass topk"):
+        MoERunner(outside, {n: torch.randn(s) for n, s in outside.weight_shapes().items()})(torch.zeros(1, 16))
+
+
+def test_a_factor_cannot_come_twice_with_the_caller() -> None:
+    topk = TopK(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), scaled=True)
+    with pytest.raises(PlanError, match="second time") as caught:
+        MoERunner(SPEC, tensors())(torch.zeros(1, 16), topk=topk)
+    assert caught.value.first.startswith("topk")
+    assert caught.value.second == "scale"
+
+
+def test_options_and_layouts_that_cannot_be() -> None:
+    with pytest.raises(SpecError, match=r"Options\.dtype"):
+        Options(dtype="int8")
+    with pytest.raises(SpecError, match=r"Options\.output"):
+        Options(output="sum")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"no backend is called 'cutlass'.*Known: eager"):
+        MoERunner(SPEC, tensors(), options=Options(backend="cutlass"))
+    with pytest.raises(UnsupportedError, match="not batch invariant"):
+        MoERunner(SPEC, tensors(), options=Options(batch_invariant=True))
+    with pytest.raises(DistributedError, match=r"Layout\.bind"):
+        MoERunner(SPEC, tensors(), Layout(tp=2))
+    for bad in ({"ep": 0}, {"tp": 1.5}, {"tokens": "some"}, {"shared": "no"}, {"redundant": -1}, {"timeout": 0}):
+        with pytest.raises(SpecError, match=f"Layout.{next(iter(bad))}"):
+            Layout(**bad)
+    with pytest.raises(SpecError, match=r"experts without a place: \[5\]"):
+        Layout(ep=2, placement=((0, 1, 2), (3, 4))).slots(6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_bad_row_stays_alone(backend: str, poison: float) -> None:
+    runner = MoERunner(SPEC, tensors(), options=Options(backend=backend))
+    x = torch.randn(9, 16)
+    clean = runner(x)
+    bad = x.clone()
+    bad[4] = poison
+    y = runner(bad)
+    others = [t for t in range(9) if t != 4]
+    assert not torch.isfinite(y[4]).any()
+    assert relative_error(y[others], clean[others]) <= 2e-6
+    topk = runner.route(x)
+    replayed, replayed_bad = runner(x, topk=topk), runner(bad, topk=topk)  # as many rows per expert as before
+    assert torch.equal(replayed[others], replayed_bad[others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_slot_is_not_read(backend: str) -> None:
+    weights = LayerWeights.of(SPEC, tensors())
+    runner = MoERunner(SPEC, weights, options=Options(backend=backend))
+    x = torch.randn(4, 16)
+    topk = TopK(
+        torch.tensor([[0, -1], [-1, -1], [2, 3], [-1, 5]]),
+        torch.tensor([[0.5, torch.nan], [torch.nan] * 2, [1, 1], [torch.inf, 2]]),
+    )
+    clean = TopK(topk.ids, torch.nan_to_num(topk.weights, nan=7.0, posinf=7.0))
+    assert relative_error(runner(x, topk=topk), reference(SPEC, weights, x, topk=clean)) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (16,), (1, 16), (2, 3, 16), (1, 2, 3, 16)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_leading_shape(shape: tuple[int, ...], backend: str) -> None:
+    weights = LayerWeights.of(SPEC, tensors())
+    x = torch.randn(shape)
+    before = x.clone()
+    y = MoERunner(SPEC, weights, options=Options(backend=backend))(x)
+    assert y.shape == x.shape
+    assert torch.equal(x, before)
+    if y.numel():
+        assert relative_error(y, reference(SPEC, weights, x)) <= 2e-6
+
+
+def test_the_runner_is_a_module() -> None:
+    given = {n: torch.nn.Parameter(t) for n, t in tensors().items()}
+    runner, x = MoERunner(SPEC, given), torch.randn(5, 16)
+    y = runner(x)
+    assert {n for n, _ in runner.named_parameters()} == set(SPEC.weight_shapes())
+    again = MoERunner(SPEC, tensors())
+    again.load_state_dict(runner.state_dict())
+    assert torch.equal(again(x), y)
+    twin = copy.deepcopy(runner)
+    assert torch.equal(pickle.loads(pickle.dumps(twin))(x), y)
+    with torch.no_grad():
+        given["w2"].mul_(0)
+    assert not torch.equal(runner(x), y)
+    assert torch.equal(twin(x), y)
+    half = runner.to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(WeightsError, match=r"tokens are torch\.float32, the experts torch\.bfloat16"):
+        half(x)
+
+
+def test_weights_that_live_elsewhere_are_read_at_each_call() -> None:
+    home = {"now": LayerWeights.of(SPEC, tensors())}
+    runner, x = MoERunner(SPEC, lambda: home["now"]), torch.randn(3, 16)
+    assert not list(runner.parameters())
+    for _ in range(2):
+        assert relative_error(runner(x), reference(SPEC, home["now"], x)) <= 2e-6
+        home["now"] = LayerWeights.of(SPEC, tensors())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"w13": torch.zeros(6, 16, 15)}, "w13 has shape"),
+        ({"w2": torch.zeros(6, 16)}, "3 dimensions"),
+        ({"x": torch.zeros(3, 15)}, "x has width 15"),
+        ({"x": torch.zeros(3, 16, dtype=torch.float64)}, "x is torch.float64"),
+        ({"topk_ids": torch.zeros(2, 2, dtype=torch.int64)}, "do not fit x"),
+        ({"topk_ids": torch.zeros(3, 2)}, "whole numbers"),
+        ({"b2": torch.zeros(6, 15)}, r"b2 has shape \[6, 15\]"),
+        ({"activation": "tanh"}, r"ActivationSpec\.kind"),
+        ({"limit": -1.0}, r"ActivationSpec\.limit"),
+        ({"backend": "none"}, "no backend is called"),
+        ({"gate_up": "none"}, "w13 has shape"),
+    ],
+)
+def test_the_function_refuses_what_does_not_fit(change: dict, match: str) -> None:
+    w = tensors()
+    given = {
+        "x": torch.zeros(3, 16),
+        "w13": w["w13"],
+        "w2": w["w2"],
+        "topk_weights": torch.ones(3, 2),
+        "topk_ids": torch.zeros(3, 2, dtype=torch.int64),
+    }
+    with pytest.raises((WeightsError, SpecError, UnsupportedError), match=match):
+        fused_experts(**{**given, **change})
+
+
+def test_experts_with_names_that_are_none() -> None:
+    with pytest.raises(WeightsError, match="no expert tensor is called w3"):
+        ExpertWeights.of({"w3": torch.zeros(1)})
