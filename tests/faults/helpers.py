@@ -1,7 +1,8 @@
 """Layers, ranks and toy backends for the tests of this folder, and the one comparison rule that they share.
 
 A result is compared with the float64 oracle by relative error, max|y - ref| / max|ref|. The limit in float32 is 2e-6, or twice
-the error that a plain loop over the experts makes in the same dtype; there is no absolute tolerance.
+the error that a plain loop over the experts makes in the same dtype, up to `CAPS`; there is no absolute tolerance. The loop has
+no formula from the code under test.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from moerunner import (
 )
 from moerunner.experts import eager, register
 from moerunner.experts.registry import available, unregister
-from moerunner.ops.activation import activate, rms_norm
-from moerunner.ops.reference import reference, reference_route
+from moerunner.ops.reference import _gated, reference, reference_route
 from moerunner.parallel.comm import simulate
 from moerunner.parallel.layout import split_counts
 from moerunner.values import Replicate, TopK, ValueState
 
 HIDDEN, EXPERTS, INNER, VOCAB = 16, 8, 48, 32
+CAPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BACKENDS = [name for name, runs, _ in available("cpu") if runs]
 
 ROUTERS = {
@@ -49,6 +50,7 @@ ROUTERS = {
     "groups by best two": RoutingSpec(
         score="sigmoid", selection_bias=True, renormalise="sum", eps=1e-20, groups=GroupSpec(count=2, kept=1)
     ),
+    "groups of logits": RoutingSpec(choose="logit", groups=GroupSpec(count=2, kept=1)),
     "groups filled with zero": RoutingSpec(
         score="sigmoid", choose="logit", selection_bias=True, groups=GroupSpec(count=2, kept=1, fill="zero")
     ),
@@ -165,7 +167,7 @@ def check(spec, weights, x, *, layout=None, options=None, limit=2e-6, **inputs):
     assert y.dtype == x.dtype
     assert ref.abs().max() > 0, "the oracle's result is zero, the comparison would mean nothing"
     if error(y, ref) > limit or x.dtype != torch.float32:
-        limit = max(limit, 2 * error(plain(spec, whole, x, **inputs), ref) + 1e-6)
+        limit = min(max(limit, 2 * error(plain(spec, whole, x, **inputs), ref) + 1e-6), CAPS[x.dtype])
     assert_close(y, ref, limit)
     return y
 
@@ -272,10 +274,10 @@ def _plain_row(spec, weights, x, choice):
         if r.weights_on == "input":
             before, after = (w, factor) if spec.apply_routed_scale_to_output else (w * factor, 1.0)
             feed, w = (seen * before).to(x.dtype), 1.0
-        h = activate(_mm(feed, one["w13"], one.get("b13")), spec.experts.activation, gate_up=weights.experts[0].gate_up)
+        h = _act(_mm(feed, one["w13"], one.get("b13")), spec.experts.activation, weights.experts[0].gate_up)
         y = _mm(h, one["w2"], one.get("b2")).to(_wide(x))
         if spec.experts.row_norm is not None:
-            y = rms_norm(y, one.get("row_norm"), spec.experts.row_norm.eps)
+            y = _norm(y, one.get("row_norm"), spec.experts.row_norm.eps)
         out += w * after * y
     out = _plain_transform("output_transform", spec, weights, out) + zero + _plain_shared(spec, weights, x, choice)
     out = out / 2 if spec.join == "average" else out
@@ -290,11 +292,10 @@ def _plain_shared(spec, weights, x, choice):
     layout = "concat" if s.gated else "none"
     if s.gate == "router":
         each = [
-            _mm(activate(_mm(x, t["shared_w13"][j]), s.activation, gate_up=layout), t["shared_w2"][j]).to(_wide(x))
-            for j in range(s.count)
+            _mm(_act(_mm(x, t["shared_w13"][j]), s.activation, layout), t["shared_w2"][j]).to(_wide(x)) for j in range(s.count)
         ]
         return sum(w * spec.routed_scaling_factor * y for w, y in zip(choice.shared_weights, each, strict=True))
-    h = activate(_mm(x, t["shared_w13"], t.get("shared_b13")), s.activation, gate_up=layout)
+    h = _act(_mm(x, t["shared_w13"], t.get("shared_b13")), s.activation, layout)
     y = _mm(h, t["shared_w2"], t.get("shared_b2")).to(_wide(x))
     return y * torch.sigmoid(_mm(x, t["shared_gate"]).to(_wide(x))) if s.gate == "sigmoid" else y
 
@@ -306,10 +307,22 @@ def _plain_transform(name, spec, weights, x):
         if isinstance(op, Linear):
             x = _mm(x, weight, weights.tensors.get(f"{name}.{i}.bias"))
         elif isinstance(op, RMSNorm):
-            x = rms_norm(x, weight, op.eps)
+            x = _norm(x, weight, op.eps)
         else:
             x = weights.functions[f"{name}.{i}"](x[None])[0]
     return x
+
+
+def _act(h, activation, gate_up):
+    """The oracle's activation in h's dtype, computed in float32 at least."""
+    split = {"none": lambda t: (t, None), "concat": lambda t: t.chunk(2), "interleaved": lambda t: (t[0::2], t[1::2])}
+    return _gated(*split[gate_up](h.to(_wide(h))), activation).to(h.dtype)
+
+
+def _norm(x, weight, eps):
+    y = x.to(_wide(x))
+    y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (y if weight is None else y * weight).to(x.dtype)
 
 
 def _mm(x, weight, bias=None):

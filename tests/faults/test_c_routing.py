@@ -39,6 +39,7 @@ from moerunner import (
 from moerunner.ops.reference import reference_route
 from moerunner.ops.route import route, stable_topk
 from moerunner.plan import Step
+from moerunner.plan.steps import check_end
 from moerunner.values import LayerWeights, TopK
 
 BY_LOGITS = {name: r for name, r in ROUTERS.items() if r.choose != "hash"}
@@ -67,15 +68,15 @@ def check_routing(spec, weights, z, limit=2e-6):
 
 
 HARD = {
-    "all negative": logits(shift=-8.0),
-    "all very negative": logits(shift=-80.0),
-    "all large": logits(shift=80.0),
-    "far apart": logits(spread=5.0),
+    "all negative": logits(24, shift=-8.0),
+    "all very negative": logits(24, shift=-80.0),
+    "all large": logits(24, shift=80.0),
+    "far apart": logits(24, spread=5.0),
     "all zero": torch.zeros(3, EXPERTS),
     "all equal": torch.full((3, EXPERTS), -4.25),
-    "two values": (logits() > 0).float(),
-    "one expert for all": torch.eye(EXPERTS)[torch.full((7,), 5)] * 9,
-    "some out of reach": torch.where(logits(seed=9) > 0.5, float("-inf"), logits()),
+    "two values": (logits(24) > 0).float(),
+    "one expert for all": torch.eye(EXPERTS)[torch.full((24,), 5)] * 9,
+    "some out of reach": torch.where(logits(24, seed=9) > 0.5, float("-inf"), logits(24)),
 }
 
 
@@ -85,11 +86,11 @@ def test_C1_hard_logits_route_as_the_oracle_says(router, case):
     spec = make_spec(ROUTERS[router], factor=2.5)
     z = HARD[case]
     if spec.routing.score == "sigmoid" and case == "all very negative":
-        z = logits(shift=-40.0)  # sigmoid(-80) is no normal float32: C6
+        z = logits(24, shift=-40.0)  # sigmoid(-80) is no normal float32: C6
     elif case == "all very negative" and spec.routing.score == "sqrtsoftplus":
-        z = logits(shift=-40.0)
+        z = logits(24, shift=-40.0)
     if spec.routing.logit_softcap is not None and case in ("all large", "all very negative", "far apart"):
-        z = logits(spread=0.5)  # the cap makes them ties in float32: C13
+        z = logits(24, spread=0.5)  # the cap makes them ties in float32: C13
     check_routing(spec, make_weights(spec), z)
 
 
@@ -535,9 +536,24 @@ def test_any_number_of_experts_per_token(router, top_k):
 def test_a_step_that_reads_what_nobody_made_cannot_be_built():
     spec = make_spec(shared=SHARED)
     plan = MoERunner(spec, make_weights(spec)).plan
+    late = sorted(plan.steps, key=lambda s: s.verb == "route")
     with pytest.raises(PlanError, match="reads 'topk', which no step before it makes"):
-        dataclasses.replace(plan, steps=tuple(s for s in plan.steps if s.verb != "route"))
+        dataclasses.replace(plan, steps=tuple(late))
     with pytest.raises(PlanError, match="reads 'out'"):
         dataclasses.replace(plan, steps=(Step(verb="trim", value="out", width=HIDDEN), *plan.steps))
     with pytest.raises(PlanError, match="without an output"):
-        dataclasses.replace(plan, steps=tuple(s for s in plan.steps if s.verb != "join"))
+        check_end(plan.steps, plan.start, spec, "replicate", ())
+
+
+def test_a_plan_that_is_not_the_whole_layer_cannot_be_built():
+    spec = make_spec(shared=SHARED, zero_experts=2)
+    plan = MoERunner(spec, make_weights(spec)).plan
+    for verb in ("gate", "route", "dispatch", "experts", "combine", "shared", "zero", "join"):
+        with pytest.raises(PlanError, match=f"no step does '{verb}'"):
+            dataclasses.replace(plan, steps=tuple(s for s in plan.steps if s.verb != verb))
+        twice = [s for s in plan.steps for _ in range(2 if s.verb == verb else 1)]
+        with pytest.raises(PlanError, match="second time"):
+            dataclasses.replace(plan, steps=tuple(twice))
+    norm = Step(verb="output_transform", takes=HIDDEN, width=HIDDEN, at="output_transform")
+    with pytest.raises(PlanError, match="is not part of the layer"):
+        dataclasses.replace(plan, steps=(*plan.steps[:-1], norm, plan.steps[-1]))
