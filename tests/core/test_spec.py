@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import random
+import zlib
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support.strategies import specs
 
 from moerunner import (
@@ -36,7 +38,7 @@ BASE: dict[str, Any] = {
 }
 NORM8 = RMSNorm(features=8)
 NOT_COUNTS = [0, -1, 1.5, True, "8", None]
-NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", True]
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", True, 10**400, [1.0]]
 
 
 def layer(**changes: Any) -> MoESpec:
@@ -80,6 +82,22 @@ def test_sizes_are_counts(name: str, value: object) -> None:
 def test_counts_of_parts(build: Any, field: str, value: object) -> None:
     with pytest.raises(SpecError, match=field):
         build(value)
+
+
+REQUIRED_NUMBERS = {
+    "routed_scaling_factor": lambda: layer(routed_scaling_factor=None),
+    "RoutingSpec.eps": lambda: RoutingSpec(eps=None),
+    "logit_scale": lambda: RoutingSpec(logit_scale=None),
+    "RoutingSpec.p": lambda: RoutingSpec(p=None),
+    "jitter": lambda: RoutingSpec(jitter=None),
+    "RMSNorm.eps": lambda: RMSNorm(features=4, eps=None),
+}
+
+
+@pytest.mark.parametrize("field", REQUIRED_NUMBERS)
+def test_a_number_with_a_default_is_not_none(field: str) -> None:
+    with pytest.raises(SpecError, match=field):
+        REQUIRED_NUMBERS[field]()
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)
@@ -208,6 +226,16 @@ IMPOSSIBLE = {
         lambda: routing(input_transform=TransformSpec((Linear(in_features=16, out_features=8),))),
         "input_transform",
     ),
+    "groups as a dict": (lambda: RoutingSpec(groups={"count": 2, "kept": 1}), "RoutingSpec.groups"),
+    "a gate transform that is none": (lambda: RoutingSpec(input_transform="norm"), "RoutingSpec.input_transform"),
+    "shared experts as a dict": (lambda: layer(shared={"width": 4}), "MoESpec.shared"),
+    "experts as a dict": (lambda: layer(experts={"intermediate_size": 4}), "MoESpec.experts"),
+    "an activation as a name": (lambda: ExpertsSpec(intermediate_size=4, activation="silu"), "ExpertsSpec.activation"),
+    "a shared activation as a dict": (lambda: SharedSpec(width=4, activation={}), "SharedSpec.activation"),
+    "a row norm as a number": (lambda: ExpertsSpec(intermediate_size=4, row_norm=16), "ExpertsSpec.row_norm"),
+    "an operation as a name": (lambda: TransformSpec(("linear",)), "TransformSpec.ops"),
+    "operations as dicts": (lambda: TransformSpec(({}, {})), "TransformSpec.ops"),
+    "operations as a list": (lambda: TransformSpec([NORM8]), "TransformSpec.ops"),
     "a routing that is none": (lambda: layer(routing="softmax"), "routing"),
     "a transform that is none": (lambda: layer(final_transform=RMSNorm(features=16)), "final_transform"),
 }
@@ -237,6 +265,13 @@ def test_specs_are_frozen() -> None:
         ("[]", "expects an object"),
         ('{"hidden_size": 16}', "missing"),
         ('{"version": 99}', "version"),
+        (json.dumps({**layer().to_dict(), "version": True}), "version"),
+        ("[" * 100_000, "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (None, "not JSON"),
+        ('{"top_k": ' + "1" * 5000 + "}", "MoESpec"),
+        (json.dumps({**layer().to_dict(), "routed_scaling_factor": 10**400}), "routed_scaling_factor"),
+        (json.dumps({**layer().to_dict(), "routed_scaling_factor": None}), "routed_scaling_factor"),
         (json.dumps({**layer().to_dict(), "top_p": 1}), "no field top_p"),
         (json.dumps({**layer().to_dict(), "routing": {"scores": "softmax"}}), "no field scores"),
         (json.dumps({**layer().to_dict(), "routing": 3}), "expects an object"),
@@ -252,7 +287,7 @@ def test_bad_json_is_refused(text: str, match: str) -> None:
 @given(spec=specs())
 @settings(max_examples=60, deadline=None)
 def test_mutated_json_is_read_or_refused(spec: MoESpec) -> None:
-    draw = random.Random(hash(spec.to_json()))
+    draw = random.Random(zlib.crc32(spec.to_json().encode()))
     junk = [None, -1, 0, 1.5, "x", [], {}, True, [1, "a"], {"op": "Linear"}, math.nan]
 
     def mutate(value: Any) -> Any:
@@ -269,6 +304,63 @@ def test_mutated_json_is_read_or_refused(spec: MoESpec) -> None:
         except SpecError:
             continue
         assert MoESpec.from_json(read.to_json()) == read
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 20),
+    st.just(10**400),
+    st.floats(),
+    st.sampled_from(["", "silu", "sum", "-inf"]),
+)
+KEYS = st.sampled_from(["op", "kind", "eps", "ops"])
+ANY_JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=4
+)
+
+
+@settings(max_examples=150)
+@given(specs(), st.data())
+def test_any_value_in_any_place_is_read_or_refused(spec: MoESpec, data: st.DataObject) -> None:
+    """One value somewhere in the tree becomes arbitrary JSON, or one key is renamed or lost."""
+    tree = spec.to_dict()
+    place: Any = tree
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = data.draw(st.sampled_from(keys))
+        inner = place[key]
+        if not isinstance(inner, (dict, list)) or not inner or data.draw(st.booleans()):
+            break
+        place = inner
+    how = data.draw(st.sampled_from(["replace", "replace", "rename", "lose"]))
+    if how == "replace":
+        place[key] = data.draw(ANY_JSON)
+    else:
+        value = place.pop(key)
+        if how == "rename" and isinstance(place, dict):
+            place[key + "s"] = value
+    try:
+        read = MoESpec.from_json(json.dumps(tree))
+    except SpecError as refused:
+        where = refused.where
+    else:
+        where = "MoESpec"
+        assert MoESpec.from_json(read.to_json()) == read
+    assert where
+
+
+@settings(max_examples=60)
+@given(specs(), st.data())
+def test_damaged_text_is_read_or_refused(spec: MoESpec, data: st.DataObject) -> None:
+    text = spec.to_json()
+    start = data.draw(st.integers(0, len(text)))
+    stop = min(len(text), start + data.draw(st.integers(0, 30)))
+    damaged = text[:start] + data.draw(st.text(max_size=4)) + text[stop:]
+    try:
+        MoESpec.from_json(damaged)
+    except SpecError:
+        return
 
 
 def test_shapes_of_a_latent_layer() -> None:

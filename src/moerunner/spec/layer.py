@@ -15,6 +15,7 @@ from moerunner.spec.parts import (
     SharedSpec,
     TransformSpec,
     flags,
+    instances,
     number,
     one_of,
     positive,
@@ -57,6 +58,7 @@ class MoESpec:
         for name, kind in (("routing", RoutingSpec), ("experts", ExpertsSpec)):
             if not isinstance(getattr(self, name), kind):
                 refuse(f"{w}.{name}", f"must be a {kind.__name__}, not {getattr(self, name)!r}")
+        instances(w, SharedSpec, shared=self.shared)
         flags(w, apply_routed_scale_to_output=self.apply_routed_scale_to_output, output_bias=self.output_bias)
         number(w, routed_scaling_factor=self.routed_scaling_factor)
         if self.routed_scaling_factor == 0:
@@ -232,7 +234,7 @@ class MoESpec:
         if not isinstance(data, dict):
             refuse("MoESpec", f"expects an object, not {data!r}")
         version = data.get("version", SPEC_VERSION)
-        if version != SPEC_VERSION:
+        if version != SPEC_VERSION or isinstance(version, bool):
             refuse("MoESpec.version", f"is {version!r}, this package reads {SPEC_VERSION}", "Upgrade moerunner")
         return build(cls, {k: v for k, v in data.items() if k != "version"}, "MoESpec")
 
@@ -240,6 +242,6 @@ class MoESpec:
     def from_json(cls, text: str) -> MoESpec:
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise SpecError(f"is not JSON: {error}", where="MoESpec") from error
         return cls.from_dict(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import typing
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,16 +28,29 @@ def positive(where: str, **values: int) -> None:
             refuse(f"{where}.{name}", f"must be a whole number of at least 1, not {value!r}")
 
 
-def number(where: str, *, above: float | None = None, at_least: float | None = None, **values: float | None) -> None:
+def number(
+    where: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    optional: bool = False,
+    **values: float | None,
+) -> None:
     for name, value in values.items():
-        if value is None:
+        if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             refuse(f"{where}.{name}", f"must be a finite number, not {value!r}")
         if above is not None and not value > above:
             refuse(f"{where}.{name}", f"must be above {above}, not {value!r}")
         if at_least is not None and not value >= at_least:
             refuse(f"{where}.{name}", f"must be at least {at_least}, not {value!r}")
+
+
+def instances(where: str, kind: type, **values: object) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kind):
+            refuse(f"{where}.{name}", f"must be a {kind.__name__}, not {value!r}")
 
 
 def one_of(where: str, allowed: Any, value: object) -> None:
@@ -112,6 +125,9 @@ class TransformSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.ops, tuple) or not self.ops:
             refuse("TransformSpec.ops", "must be a tuple of at least one operation", "Leave the transform out instead")
+        for op in self.ops:
+            if not isinstance(op, TransformOp):
+                refuse("TransformSpec.ops", f"holds {op!r}, expected a Linear, RMSNorm or Custom")
         for before, after in zip(self.ops, self.ops[1:], strict=False):
             if before.out_features != after.in_features:
                 refuse(
@@ -213,9 +229,12 @@ class RoutingSpec:
             global_scale=self.global_scale,
         )
         number(w, at_least=0.0, eps=self.eps)
-        number(w, above=0.0, logit_softcap=self.logit_softcap, p=self.p, jitter=self.jitter)
+        number(w, above=0.0, p=self.p, jitter=self.jitter)
+        number(w, above=0.0, optional=True, logit_softcap=self.logit_softcap)
         number(w, logit_scale=self.logit_scale)
         positive(w, modalities=self.modalities)
+        instances(w, GroupSpec, groups=self.groups)
+        instances(w, TransformSpec, input_transform=self.input_transform)
         if self.logit_scale == 0:
             refuse(f"{w}.logit_scale", "is 0, so that every expert scores alike")
         if self.score in ("softmax_topk", "sigmoid_topk") and self.choose == "score":
@@ -267,8 +286,9 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         w = "ActivationSpec"
         one_of(f"{w}.kind", ActivationKind, self.kind)
-        number(w, above=0.0, limit=self.limit, gate_softcap=self.gate_softcap, up_softcap=self.up_softcap)
-        number(w, alpha=self.alpha, beta=self.beta)
+        caps = {"limit": self.limit, "gate_softcap": self.gate_softcap, "up_softcap": self.up_softcap}
+        number(w, above=0.0, optional=True, **caps)
+        number(w, optional=True, alpha=self.alpha, beta=self.beta)
         flags(w, clamp_after=self.clamp_after)
         if self.alpha is not None and self.kind not in ("silu", "swigluoai"):
             refuse(f"{w}.alpha", f"kind={self.kind!r} has no alpha")
@@ -317,6 +337,7 @@ class ExpertsSpec:
         for size in sizes:
             positive("ExpertsSpec", intermediate_size=size)
         flags("ExpertsSpec", gated=self.gated, bias=self.bias)
+        instances("ExpertsSpec", RMSNorm, row_norm=self.row_norm)
         _check_activation("ExpertsSpec", self.activation, self.gated)
 
 
