@@ -39,8 +39,7 @@ def summarise(junit_xml: str) -> dict[str, Any]:
         "wall_s": round(sum(float(suite.get("time", 0)) for suite in suites), 1),
         "failed_tests": sorted(set(bad)),
         "slowest": [
-            {"test": name, "s": round(seconds, 2)}
-            for name, seconds, _ in sorted(cases, key=lambda case: -case[1])[:SLOWEST]
+            {"test": name, "s": round(seconds, 2)} for name, seconds, _ in sorted(cases, key=lambda case: -case[1])[:SLOWEST]
         ],
     }
 
@@ -84,9 +83,7 @@ def main(argv: list[str]) -> int:
         return 2
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**summary, **surroundings()}, indent=2) + "\n")
-    print(
-        f"{target}: {summary['passed']} passed, {summary['failed'] + summary['errors']} failed, {summary['wall_s']} s"
-    )
+    print(f"{target}: {summary['passed']} passed, {summary['failed'] + summary['errors']} failed, {summary['wall_s']} s")
     return 0
 
 
