@@ -71,7 +71,7 @@ def test_finite_differences(name: str) -> None:
     def run(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         return MoERunner(spec, dict(zip(names, given, strict=True)), options=Options(backend="eager"))(x)
 
-    assert torch.autograd.gradcheck(run, (x, *weights.values()), eps=1e-6, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(run, (x, *weights.values()), fast_mode=True)
 
 
 def plain(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
