@@ -286,7 +286,9 @@ def _plain_row(spec, weights, x, choice):
 
 
 def _plain_shared(spec, weights, x, choice):
-    s, t = spec.shared, weights.tensors
+    s, t = spec.shared, dict(weights.tensors)
+    if "shared_gate_proj" in t:
+        t["shared_w13"] = torch.cat([t["shared_gate_proj"], t["shared_up_proj"]])
     if s is None:
         return torch.zeros((), dtype=_wide(x))
     layout = "concat" if s.gated else "none"

@@ -571,6 +571,26 @@ def test_B23_a_reduction_travels_in_float32_for_float16():
         assert error(y, ref) <= 2 * error(plain(spec, LayerWeights.of(spec, weights), x, topk=topk), ref) + 1e-3
 
 
+@pytest.mark.parametrize("layout", ["tp2", "ep2 tp2", "sharded tokens, ep2", "sharded tokens, ep2 tp2"])
+def test_B23_shares_travel_in_the_dtype_that_was_asked_for(layout):
+    spec = make_spec(factor=2.5, on_output=True, shared=SHARED)
+    weights, x = make_weights(spec, dtype=torch.bfloat16), tokens(13, dtype=torch.bfloat16)
+    sent = []
+
+    def main(bound):
+        for name in ("_all_reduce", "_reduce_scatter"):
+            issue = getattr(bound.comm, name)
+            setattr(bound.comm, name, lambda y, *more, issue=issue: (sent.append(y.dtype), issue(y, *more))[1])
+        return MoERunner(spec, weights, bound, options)(x[bound.comm.rank : bound.comm.rank + 1])
+
+    for dtype in (None, torch.float32):
+        options = Options(reduce_dtype=dtype)
+        sent.clear()
+        simulate(LAYOUTS[layout], main)
+        assert set(sent) == {dtype or torch.bfloat16}
+        check(spec, weights, x, layout=LAYOUTS[layout], options=options)
+
+
 def test_the_planner_is_a_pure_function():
     spec = make_spec(factor=2.5, on_output=True, shared=SHARED)
     meta = LayerWeights.of(spec, make_weights(spec)).meta()

@@ -373,6 +373,26 @@ def test_D12_all_tokens_on_one_expert(backend):
     check(spec, make_weights(spec), tokens(300), options=Options(backend=backend), router_logits=z)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_D12_one_token_alone(router, backend):
+    spec = make_spec(ROUTERS[router], factor=2.5, shared=SHARED)
+    for seed in range(3):
+        check(spec, make_weights(spec), tokens(1, seed=seed), options=Options(backend=backend))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("ids", [[3, 5, 1], [3, -1, 1], [-1, -1, 6], [-1, -1, -1]], ids=str)
+@pytest.mark.parametrize("on_input", [False, True])
+def test_D12_one_token_with_empty_slots(on_input, ids, backend):
+    routing = RoutingSpec(score="sigmoid_topk", choose="logit", weights_on="input" if on_input else "output")
+    spec = make_spec(routing, factor=2.5, top_k=3, shared=SHARED, experts={} if on_input else {"bias": True})
+    topk = TopK(torch.tensor([ids]), torch.tensor([[0.5, -1.25, 2.0]]).where(torch.tensor([ids]) >= 0, NAN))
+    check(spec, make_weights(spec), tokens(1), options=Options(backend=backend), topk=topk)
+    for layout in ("tp2", "ep2 tp2", "sharded tokens, ep4"):
+        check(spec, make_weights(spec), tokens(1), layout=LAYOUTS[layout], options=Options(backend=backend), topk=topk)
+
+
 @pytest.mark.parametrize("router", ["softmax", "token table", "two modalities"])
 def test_no_tokens_at_all(router):
     spec = make_spec(ROUTERS[router], shared=SHARED, zero_experts=0)

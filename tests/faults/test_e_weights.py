@@ -105,6 +105,20 @@ def test_E3_gate_rows_come_first_or_alternate_and_never_change_places(gate_up, b
     assert not torch.allclose(on_one(spec, swapped, tokens()), expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("layout", [None, "tp2", "tp3", "ep2 tp2, whole shared", "sharded tokens, ep2"])
+def test_E3_gate_and_up_of_the_shared_expert_may_lie_apart(layout):
+    spec = make_spec(factor=2.5, shared=SharedSpec(width=7, gate="sigmoid", bias=True))
+    weights = make_weights(spec)
+    whole = LayerWeights.of(spec, weights)
+    gate, up = weights["shared_w13"].chunk(2)
+    tensors = {n: t for n, t in whole.tensors.items() if n != "shared_w13"}
+    apart = dataclasses.replace(whole, tensors={**tensors, "shared_gate_proj": gate, "shared_up_proj": up})
+    run = on_one if layout is None else on_ranks
+    y = run(spec, apart, tokens(11), layout=LAYOUTS.get(layout))
+    assert_close(y, reference(spec, whole, tokens(11)))
+    assert_close(check(spec, apart, tokens(11), layout=LAYOUTS.get(layout)), y)
+
+
 SQUARE = [(48, 24), (16, 16), (32, 16), (16, 8)]  # 2I == H, I == H, ...
 
 
