@@ -116,6 +116,11 @@ def test_a_gate_of_its_own_is_refused(inputs):
         module(*inputs)
 
 
+def test_alternating_rows_without_a_gate_for_them_are_refused(inputs):
+    with pytest.raises(UnsupportedError, match="alternate"):
+        experts(interleaved=True)(*inputs)
+
+
 def test_gpt_oss_is_refused_rather_than_run_without_its_clamp():
     from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -58,6 +58,7 @@ def unread(config, *read, ignored=()):
         "router_bias",
         "routed_scaling_factor",
         "moe_layers",
+        "routing_method",
         "norm_topk_prob",
         "top_k_experts",
         "n_group",

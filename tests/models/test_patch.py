@@ -386,6 +386,11 @@ def test_weights_of_another_dtype_are_not_touched(deepseek):
     assert "torch.float32, torch.float8_e4m3fn" in damaged(to_fp8, deepseek)
 
 
+def test_weights_of_several_dtypes_are_not_touched(deepseek):
+    reason = damaged(lambda block: block.shared_experts.to(torch.bfloat16), deepseek)
+    assert "torch.bfloat16, torch.float32" in reason
+
+
 def test_weights_without_data_are_not_touched(deepseek):
     assert "meta device" in damaged(lambda block: block.to("meta"), deepseek)
 

@@ -47,7 +47,7 @@ def run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
         raise UnsupportedError(f"{first} is stored as {w13.dtype}", where=type(module).__name__, next_step=_ELSE)
     if module.is_transposed:
         w13, w2 = w13.mT, w2.mT
-    gate_up: GateUp = "none" if not module.has_gate else "concat" if module.is_concatenated else "interleaved"
+    gate_up: GateUp = "concat" if module.has_gate else "none"
     y = fused_experts(
         hidden_states.to(w13.dtype),
         w13,
@@ -71,6 +71,9 @@ def _activation(module: Any) -> ActivationSpec:
     kind = type(module)
     if module.has_gate and kind._apply_gate is not registry._default_apply_gate:
         raise UnsupportedError("has a gate of its own (_apply_gate)", where=kind.__name__, next_step=_ELSE)
+    if module.has_gate and not module.is_concatenated:
+        what = "says that gate and up rows alternate, and gates as if they did not"
+        raise UnsupportedError(what, where=kind.__name__, next_step=_ELSE)
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedError("norms the experts' output", where=kind.__name__, next_step=_ELSE)
     found = _by_class().get(type(module.act_fn))
