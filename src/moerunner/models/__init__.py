@@ -1,8 +1,9 @@
 """Model families as data, and moerunner inside the models that have them."""
 
 from moerunner.models import experts_function, families
-from moerunner.models.adapt import load, patch, runners, unpatch
+from moerunner.models.adapt import patch, runners, unpatch
 from moerunner.models.entry import Family, Keys, Router, View
+from moerunner.models.load import load, load_weights
 from moerunner.models.report import Replaced, Report, Skipped
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "View",
     "families",
     "load",
+    "load_weights",
     "patch",
     "runners",
     "unpatch",

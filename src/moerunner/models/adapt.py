@@ -1,18 +1,15 @@
-"""`patch`, `unpatch` and `load`: moerunner inside a Transformers model, whose modules, names and tensors stay its own."""
+"""`patch` and `unpatch`: moerunner inside a Transformers model, whose modules, names and tensors stay its own."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import MethodType
-from typing import Any
 
-import torch
 from torch import nn
 
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts import registry
-from moerunner.models import folder
 from moerunner.models.block import forward_of, slot_of
+from moerunner.models.load import load as load  # callers find it here too
 from moerunner.models.prepare import copied_bytes, prepare, sites
 from moerunner.models.report import Replaced, Report, Skipped
 from moerunner.parallel.layout import Layout
@@ -74,35 +71,6 @@ def runners(model: nn.Module) -> dict[str, MoERunner]:
     """The runner of every patched block, by the block's name."""
     found = {name: forward_of(block) for name, block in model.named_modules()}
     return {name: forward.runner for name, forward in found.items() if forward is not None}
-
-
-def load(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    layout: Layout | None = None,
-) -> Any:
-    """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
-
-    Args:
-        path: a folder in the format of `save_pretrained`. Nothing is downloaded.
-        dtype: of the weights; None keeps the checkpoint's. A router's correction bias stays in float32.
-        device: where the weights go; None: where Transformers puts them. layout: one rank, or None.
-
-    Raises:
-        CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
-        UnsupportedError: the model, or its only kind of MoE block, is not known.
-        SpecError: the config describes an impossible layer, or has a key that the family's entry does not know.
-    """
-    _one_rank(layout)
-    model = folder.read(Path(path), dtype)
-    if device is not None:
-        model.to(device)
-    report = patch(model.eval(), layout)
-    if report.skipped and not report.replaced:
-        raise UnsupportedError(f"no MoE block can be run: {report.skipped[0].reason}", where=str(path))
-    model.moerunner_report = report
-    return model
 
 
 def _one_rank(layout: Layout | None) -> None:

@@ -1,0 +1,196 @@
+"""Writes stored tensors, or tensors that arrive one by one, to their places in a model, and counts every number written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import torch
+from torch import Tensor
+
+from moerunner.errors import CheckpointError, UnsupportedError
+from moerunner.models.checkpoint import one_line, some
+from moerunner.models.names import Arrangement, Group, Naming
+from moerunner.models.places import Part
+from moerunner.models.tensorfile import Reader, Stored
+
+Step = Callable[[int], None]
+_THREADS = 4  # more gain nothing where disks or memory are the limit
+_ONE_MODEL = "The config and the weights must be of one and the same model"
+
+
+class Filling:
+    """The tensors of one model while they are written.
+
+    place: gives the tensor to write to, by its name in the model; it is asked when the first number arrives. written: how
+    many numbers of each came.
+    """
+
+    def __init__(self, naming: Naming, place: Callable[[str], Tensor]) -> None:
+        self.naming, self._place = naming, place
+        self._tensors: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self.written: Counter[str] = Counter()
+
+    def tensor(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._tensors:
+                self._tensors[name] = self._place(name)
+            return self._tensors[name]
+
+    def write(self, parts: list[tuple[str, Part]], box: tuple[slice, ...], values: Tensor) -> None:
+        """Some values of a source to its places."""
+        for name, part in parts:
+            self.count(name, part.write(self.tensor(name), box, values))
+
+    def memory(self, parts: list[tuple[str, Part]], source: Stored) -> Tensor | None:
+        """Where the bytes of a source can be read to as they are, if they can."""
+        if len(parts) > 1:
+            return None
+        name, part = parts[0]
+        target = self.tensor(name)
+        box = part.box(source.shape)
+        if box is None or target.dtype != source.dtype or target.device.type != "cpu" or not target[box].is_contiguous():
+            return None
+        return target[box]
+
+    def count(self, name: str, written: int) -> None:
+        with self._lock:
+            self.written[name] += written
+
+    def write_group(self, group: Group, read: Callable[[str], Tensor]) -> None:
+        """A group of sources that is converted in one piece."""
+        try:
+            values = group.convert(read, self.naming)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"cannot be made of {some(group.names())}: {one_line(error)}", where=group.target) from error
+        for name, value in values.items():
+            wanted = self.naming.wanted.get(name)
+            if wanted is None or value.shape != wanted.shape:
+                asked = "nothing" if wanted is None else list(wanted.shape)
+                what = f"{some(group.names())} give {list(value.shape)}, the config asks for {asked}"
+                raise CheckpointError(what, where=name)
+            self.tensor(name).copy_(value)
+            self.count(name, value.numel())
+
+    def finish(self, names: Iterable[str], where: str) -> None:
+        """Raises unless each number of these tensors was written once. Planned places are such that it was."""
+        wrong = [name for name in names if self.written[name] != self.naming.wanted[name].numel()]
+        if wrong:
+            raise CheckpointError(f"does not give each number of {some(sorted(wrong))} once", where=where)
+
+
+def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored], *, device: torch.device, step: Step) -> None:
+    """Reads what is arranged, file by file from front to back, in a few threads that each hold one piece in memory."""
+    jobs: list[tuple[str, Group | None]] = [(name, None) for name in arranged.parts]
+    jobs += [(group.names()[0], group) for group in arranged.whole]
+    jobs.sort(key=lambda job: (str(stored[job[0]].file), stored[job[0]].start))
+    left, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+
+    def count(read: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        step(read)
+
+    def work() -> None:
+        with Reader(count, pinned=device.type == "cuda") as reader, torch.no_grad():
+            while True:
+                with lock:
+                    name, group = next(left, (None, None))
+                if name is None:
+                    return
+                if group is not None:
+                    filling.write_group(group, lambda source: reader.all(stored[source]))
+                else:
+                    _read(reader, filling, arranged.parts[name], stored[name])
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        workers = [pool.submit(work) for _ in range(min(_THREADS, os.cpu_count() or 1))]
+        try:
+            for worker in as_completed(workers):
+                worker.result()
+        except BaseException:  # Ctrl-C too
+            stop.set()
+            raise
+
+
+def _read(reader: Reader, filling: Filling, parts: list[tuple[str, Part]], source: Stored) -> None:
+    memory = filling.memory(parts, source)
+    if memory is not None:
+        reader.read(source, source.start, memory)
+        filling.count(parts[0][0], source.numel)
+        return
+    for box, values in reader.pieces(source):
+        filling.write(parts, box, values)
+
+
+class _Stopped(Exception):
+    """Another thread has failed."""
+
+
+def check(arranged: Arrangement, where: str, next_step: str = _ONE_MODEL) -> None:
+    """Raises a CheckpointError that lists every tensor at fault; its attribute `tensors` has all of them."""
+    faults = {
+        "missing": arranged.missing,
+        "not in the model": arranged.extra,
+        "there twice": arranged.doubled,
+        "misshapen": [f"{name} ({reason})" for name, reason in arranged.misshapen.items()],
+    }
+    told = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
+    if told:
+        error = CheckpointError(
+            f"the tensors do not fit the model; {'; '.join(told)}",
+            where=where,
+            next_step=next_step,
+        )
+        error.__dict__["tensors"] = {
+            "missing": list(arranged.missing),
+            "extra": list(arranged.extra),
+            "doubled": list(arranged.doubled),
+            "misshapen": list(arranged.misshapen),
+        }
+        raise error
+
+
+def check_kind(name: str, dtype: torch.dtype, wanted: torch.dtype, where: str) -> None:
+    """Raises unless numbers of a dtype can stand for numbers of the wanted one."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise UnsupportedError(
+            f"{name} is stored as {_short(dtype)}, a quantised format, and the config has no quantization_config",
+            where=where,
+            next_step="Weights in float32, bfloat16 or float16 are read",
+        )
+    if _kind(dtype) != _kind(wanted):
+        raise CheckpointError(f"{name} is stored as {_short(dtype)}, the model has {_short(wanted)}", where=where)
+
+
+@contextlib.contextmanager
+def progress(text: str, total: int) -> Iterator[Step]:
+    """Counts bytes: a bar on stderr with bytes and bytes per second if that is a terminal, otherwise nothing."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(text), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "int"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,260 @@
+"""`load` makes a model from a folder; `load_weights` puts other weights into a model that is running.
+
+Both work out the place of every tensor first, from names and shapes alone, and read afterwards. Each number is read once and
+written once to where it stays: beside the model itself, host memory holds one piece of a few MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerunner.errors import CheckpointError, UnsupportedError
+from moerunner.models.checkpoint import CONFIG, GENERATION, Recipe, guarded, read_json, read_recipe, read_tensors, some
+from moerunner.models.entry import as_view
+from moerunner.models.fill import Filling, check, check_kind, progress, stream
+from moerunner.models.live import Live, take
+from moerunner.models.names import Arrangement, Naming
+from moerunner.models.prepare import sites, spec_of
+from moerunner.models.tensorfile import Stored
+from moerunner.parallel.layout import Layout
+
+_SELECTION_BIAS = re.compile(r"(^|\.)(e_score_correction_bias|correction_bias|expert_bias|router_bias)$")
+_HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_COMPUTED = 4 * 2**30  # bytes of rotary tables and the like: none comes near
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    layout: Layout | None = None,
+) -> Any:
+    """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
+
+    A block of a family that moerunner does not know runs as Transformers has it, and the report says so.
+
+    Args:
+        path: a folder in the format of `save_pretrained`. Nothing is downloaded, no code and no pickle from it is run.
+        dtype: of the weights; None keeps the checkpoint's. A router's correction bias is never rounded below float32.
+        device: where the weights go; None: host memory. layout: one rank, or None.
+
+    Raises:
+        CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
+        UnsupportedError: the model, or the format of its weights, is not known.
+        SpecError: a config key may change a layer and the family's entry does not know it.
+    """
+    from moerunner.models.adapt import patch
+
+    if layout is not None and layout.world > 1:
+        raise UnsupportedError(f"a model is loaded for one rank only, not for {layout.world}", where="layout")
+    path, device = Path(path), _device(device)
+    recipe = read_recipe(path)
+    stored = read_tensors(path)
+    model = _skeleton(recipe, _dtype(dtype, recipe, stored), path, len(stored))
+    naming = Naming(model)
+    arranged = naming.arrange({name: tensor.shape for name, tensor in stored.items()})
+    check(arranged, str(path))
+    held_as = _dtypes(naming, arranged, model)
+    _check_kinds(stored, arranged, held_as)
+
+    def place(name: str) -> Tensor:
+        tensor = torch.empty(naming.wanted[name].shape, dtype=held_as[name], device=device)
+        _set(model, name, tensor)
+        return tensor
+
+    filling = Filling(naming, place)
+    _stream(filling, arranged, stored, device, path)
+    guarded(lambda: _compute_the_rest(model, arranged, device), path / CONFIG)
+    _refuse_unset(model, path / CONFIG)
+    model._weight_conversions = [rule for rule in naming.rules if rule.was_used()]  # saving goes back the same way
+    model.name_or_path = str(path)
+    model.moerunner_report = patch(model.eval(), layout)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tensor]]) -> None:
+    """Other weights for a model that is there, patched or not: the result is that of loading them afresh.
+
+    They are written into the model's own tensors, in their dtypes and on their devices. Every weight must come, once.
+
+    Args:
+        model: a Transformers model.
+        source: a checkpoint folder, whose config is not looked at; or names and tensors in any order, each used before the
+            next is asked for, with the names of a checkpoint or the model's own.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, doubled or misshapen, or a file is damaged. What the headers of files
+            show is seen before the model is touched; after that, it is left with some weights old and some new.
+        UnsupportedError: a tensor of the model is not a plain one (sharded, quantised, without data).
+    """
+    naming, live = Naming(model), Live(model)
+    filling = Filling(naming, live.place)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        stored = read_tensors(path)
+        arranged = naming.arrange({name: tensor.shape for name, tensor in stored.items()})
+        check(arranged, str(path))
+        _check_kinds(stored, arranged, live.dtypes)
+        _stream(filling, arranged, stored, live.device, path)
+    else:
+        take(filling, live, source)
+    live.compare_tied()
+
+
+def _stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored], device: torch.device, path: Path) -> None:
+    total = sum(tensor.nbytes for tensor in stored.values()) - sum(stored[name].nbytes for name in arranged.ignored)
+    for name in arranged.led_by:
+        if not filling.naming.wanted[name].numel():
+            filling.tensor(name)  # nothing will be written to it
+    with progress("Loading weights", total) as step:
+        stream(filling, arranged, stored, device=device, step=step)
+    filling.finish(arranged.led_by, str(path))
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(given if given is not None else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name, and a torch built without that device
+        raise UnsupportedError(f"torch has no device {given!r} here", where="device") from error
+    if device.type == "meta":
+        raise UnsupportedError("weights on the meta device have no data", where="device")
+    return device
+
+
+def _dtype(given: torch.dtype | None, recipe: Recipe, stored: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype asked for, or the config's, or that of most bytes in the files."""
+    bytes_of: Counter[torch.dtype] = Counter()
+    for tensor in stored.values():
+        if tensor.dtype in _HELD:
+            bytes_of[tensor.dtype] += tensor.nbytes
+    dtype = given or recipe.dtype or (bytes_of.most_common(1)[0][0] if bytes_of else torch.float32)
+    if dtype not in _HELD:
+        names = ", ".join(str(held).removeprefix("torch.") for held in _HELD)
+        raise UnsupportedError(f"weights cannot be held in {dtype!r}", where="dtype", next_step=f"Choose one of {names}")
+    return dtype
+
+
+def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int) -> Any:
+    """The model without data. Everything that its config can make fail fails here, before weights are read."""
+    file = path / CONFIG
+    layers = getattr(recipe.config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(f"asks for {layers} layers, the files hold {tensors} tensors", where=str(file))
+
+    def make() -> Any:
+        with torch.device("meta"):
+            return recipe.auto_class.from_config(recipe.config, dtype=dtype)
+
+    def know_every_key() -> None:
+        for site in sites(model):
+            with contextlib.suppress(UnsupportedError):
+                spec_of(site)
+
+    model = guarded(make, file)
+    guarded(know_every_key, file)
+    _generation_config(model, path)
+    return model
+
+
+def _generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    kind = getattr(model, "generation_config_class", GenerationConfig)
+    there = (path / GENERATION).exists()
+    if not model.can_generate() or not (there or kind is GenerationConfig):
+        return
+    own = {} if there else {"config_file_name": CONFIG, "_from_model_config": True}
+    file = path / (GENERATION if there else CONFIG)
+    if not isinstance(read_json(file), dict):
+        raise CheckpointError("is not a JSON object", where=str(file))
+    model.generation_config = guarded(
+        lambda: kind.from_pretrained(path, local_files_only=True, **own), file, "does not say how to generate"
+    )
+
+
+def _dtypes(naming: Naming, arranged: Arrangement, model: Any) -> dict[str, torch.dtype]:
+    """What each tensor is held as: as the model is made, except what it wants in float32, and correction biases."""
+    kept = model._get_dtype_plan(model.dtype)
+    in_float32 = re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in kept) or r"(?!)")
+    biases = {
+        f"{site.name}.{as_view(site.family.weights['selection_bias']).path}"
+        for site in sites(model)
+        if site.family is not None and "selection_bias" in site.family.weights
+    }
+    found = {}
+    for name, leader in arranged.led_by.items():
+        dtype = naming.wanted[leader].dtype
+        if dtype.is_floating_point and (name in biases or _SELECTION_BIAS.search(name)):
+            dtype = torch.promote_types(dtype, torch.float32)
+        elif dtype.is_floating_point and in_float32.search(leader):
+            dtype = torch.float32
+        found[name] = dtype
+    return found
+
+
+def _check_kinds(stored: Mapping[str, Stored], arranged: Arrangement, dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, parts in arranged.parts.items():
+        check_kind(name, stored[name].dtype, dtypes[parts[0][0]], str(stored[name].file))
+    for group in arranged.whole:
+        for name in group.names():
+            check_kind(name, stored[name].dtype, dtypes[group.target], str(stored[name].file))
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor into the model in place of one without data."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if attribute not in module._buffers:
+        value = nn.Parameter(value, requires_grad=value.is_floating_point())
+    value._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - Transformers leaves it as it is then
+    setattr(module, attribute, value)
+
+
+@torch.no_grad()
+def _compute_the_rest(model: Any, arranged: Arrangement, device: torch.device) -> None:
+    """What is not in files: ties, tables that are computed from the config, tensors that the model lets files leave out.
+
+    They hold NaN or the smallest integer first, so that one that nobody computes is found.
+    """
+    model.tie_weights(missing_keys=set(arranged.absent), recompute_mapping=False)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    own = [name for name in arranged.absent if name not in tied and model.get_parameter_or_buffer(name).is_meta]
+    computed = [name for name, _ in model.named_non_persistent_buffers()]
+    sizes = [model.get_parameter_or_buffer(name).nbytes for name in (*own, *computed)]
+    if sum(sizes) > _MOST_COMPUTED:
+        raise CheckpointError(f"asks for tables of {sum(sizes):,} bytes", where="the config")
+    for name in (*own, *computed):
+        value = torch.empty_like(model.get_parameter_or_buffer(name), device=device)
+        if value.dtype != torch.bool:
+            value.fill_(_blank(value.dtype))
+        _set(model, name, value)
+        del model.get_parameter_or_buffer(name)._is_hf_initialized
+    model.initialize_weights()
+
+
+def _refuse_unset(model: Any, file: Path) -> None:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unset = [name for name, tensor in named.items() if tensor.is_meta]
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_meta or buffer.dtype == torch.bool:
+            continue
+        blank = _blank(buffer.dtype)
+        if (buffer.isnan() if blank != blank else buffer == blank).any():
+            unset.append(name)
+    if unset:
+        raise CheckpointError(f"leads to values that are not numbers in {some(unset)}", where=str(file))
+
+
+def _blank(dtype: torch.dtype) -> float | int:
+    """What stands where nothing was written yet."""
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min

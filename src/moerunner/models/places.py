@@ -1,0 +1,176 @@
+"""Where each number of a stored tensor goes in a tensor of the model, worked out on shapes alone, before anything is read.
+
+Checkpoints stack, concatenate, cut, transpose and interleave; all of these only move numbers. A `Laid` is a tensor as it
+will be, described by the boxes that its sources fill; the verbs below make one `Laid` of others. As every verb keeps boxes
+apart and leaves no gap, a tensor whose shape comes out right has each of its numbers written exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Unfit(Exception):
+    """Shapes that do not go together; the message says which."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a box: `size` places from `at` on, holding the source's dimension `dim` at first, first + step, ...
+
+    dim: None for a dimension that the source does not have; size is 1 then.
+    """
+
+    dim: int | None
+    at: int
+    size: int
+    first: int = 0
+    step: int = 1
+
+    def cut(self, start: int, stop: int) -> Axis | None:
+        """What of it lies between two places, which are counted from the start then."""
+        low, high = max(self.at, start), min(self.at + self.size, stop)
+        if low >= high:
+            return None
+        return replace(self, at=low - start, size=high - low, first=self.first + (low - self.at) * self.step)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The box that a source fills, one `Axis` for each dimension of the target."""
+
+    source: str
+    axes: tuple[Axis, ...]
+
+    def box(self, source: Shape) -> tuple[int | slice, ...] | None:
+        """The box in the target, if the whole source lies in it as it is: not turned, not cut, not spread."""
+        dims = [axis.dim for axis in self.axes if axis.dim is not None]
+        kept = all(axis.dim is None or (axis.size == source[axis.dim] and axis.step == 1) for axis in self.axes)
+        if dims != list(range(len(source))) or not kept:
+            return None
+        return tuple(axis.at if axis.dim is None else slice(axis.at, axis.at + axis.size) for axis in self.axes)
+
+    def write(self, target: Tensor, box: Sequence[slice], values: Tensor) -> int:
+        """Copies those values that lie in this part: `values` are a box of the source. Gives back how many they are."""
+        take = [slice(None)] * values.ndim
+        put: list[int | slice] = []
+        order = []
+        for axis in self.axes:
+            if axis.dim is None:
+                put.append(axis.at)
+                continue
+            begin, end = box[axis.dim].start, box[axis.dim].stop
+            low = max(0, -((axis.first - begin) // axis.step))  # the first place whose number is not before the box
+            high = min(axis.size, -((axis.first - end) // axis.step))
+            if low >= high:
+                return 0
+            first = axis.first + low * axis.step - begin
+            take[axis.dim] = slice(first, first + (high - low - 1) * axis.step + 1, axis.step)
+            put.append(slice(axis.at + low, axis.at + high))
+            order.append(axis.dim)
+        values = values[tuple(take)].permute(order)
+        target[tuple(put)].copy_(values)
+        return values.numel()
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A tensor by its shape and the parts that fill it."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+def whole(source: str, shape: Shape) -> Laid:
+    """A source as it is."""
+    return Laid(shape, (Part(source, tuple(Axis(dim, 0, size) for dim, size in enumerate(shape))),))
+
+
+def stack(tensors: Sequence[Laid], dim: int) -> Laid:
+    """As `torch.stack`."""
+    shape = _common(tensors, None)
+    dim = _within(dim, len(shape) + 1)
+    parts = [
+        Part(part.source, (*part.axes[:dim], Axis(None, index, 1), *part.axes[dim:]))
+        for index, tensor in enumerate(tensors)
+        for part in tensor.parts
+    ]
+    return Laid((*shape[:dim], len(tensors), *shape[dim:]), tuple(parts))
+
+
+def concatenate(tensors: Sequence[Laid], dim: int) -> Laid:
+    """As `torch.cat`."""
+    shape = _common(tensors, dim)
+    dim = _within(dim, len(shape))
+    parts, at = [], 0
+    for tensor in tensors:
+        for part in tensor.parts:
+            moved = replace(part.axes[dim], at=part.axes[dim].at + at)
+            parts.append(Part(part.source, (*part.axes[:dim], moved, *part.axes[dim + 1 :])))
+        at += tensor.shape[dim]
+    return Laid((*shape[:dim], at, *shape[dim + 1 :]), tuple(parts))
+
+
+def split(tensor: Laid, sizes: Sequence[int], dim: int) -> list[Laid]:
+    """As `torch.split` with a list of sizes."""
+    dim = _within(dim, len(tensor.shape))
+    if sum(sizes) != tensor.shape[dim]:
+        raise Unfit(f"{list(tensor.shape)} cannot be cut into {list(sizes)} along dimension {dim}")
+    found, at = [], 0
+    for size in sizes:
+        cuts = [(part, part.axes[dim].cut(at, at + size)) for part in tensor.parts]
+        parts = tuple(Part(p.source, (*p.axes[:dim], cut, *p.axes[dim + 1 :])) for p, cut in cuts if cut is not None)
+        found.append(Laid((*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]), parts))
+        at += size
+    return found
+
+
+def transpose(tensor: Laid, dim0: int, dim1: int) -> Laid:
+    """As `torch.transpose`."""
+    order = list(range(len(tensor.shape)))
+    a, b = _within(dim0, len(order)), _within(dim1, len(order))
+    order[a], order[b] = b, a
+    parts = (Part(part.source, tuple(part.axes[d] for d in order)) for part in tensor.parts)
+    return Laid(tuple(tensor.shape[d] for d in order), tuple(parts))
+
+
+def evens_then_odds(tensor: Laid, dim: int) -> Laid:
+    """Along one dimension first the numbers at even places, then those at odd ones."""
+    dim = _within(dim, len(tensor.shape))
+    size = tensor.shape[dim]
+    if size % 2:
+        raise Unfit(f"{list(tensor.shape)} has an odd size along dimension {dim}, where pairs were expected")
+    parts = []
+    for part in tensor.parts:
+        axis = part.axes[dim]
+        if axis.dim is None or axis.size != size:
+            raise NotImplementedError("pairs that lie in several sources")
+        for odd in (0, 1):
+            moved = Axis(axis.dim, odd * (size // 2), size // 2, axis.first + odd * axis.step, 2 * axis.step)
+            parts.append(Part(part.source, (*part.axes[:dim], moved, *part.axes[dim + 1 :])))
+    return Laid(tensor.shape, tuple(parts))
+
+
+def _common(tensors: Sequence[Laid], free: int | None) -> Shape:
+    """The shape that all share, except along `free`."""
+    if not tensors:
+        raise Unfit("there is nothing to join")
+    shape = tensors[0].shape
+    for tensor in tensors[1:]:
+        same = len(tensor.shape) == len(shape) and all(
+            a == b for d, (a, b) in enumerate(zip(tensor.shape, shape, strict=True)) if free is None or d != free % len(shape)
+        )
+        if not same:
+            raise Unfit(f"{list(shape)} and {list(tensor.shape)} cannot be joined")
+    return shape
+
+
+def _within(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise Unfit(f"there is no dimension {dim} among {ndim}")
+    return dim % ndim
