@@ -1,6 +1,6 @@
 """Model families as data, and moerunner inside the models that have them."""
 
-from moerunner.models import experts_function, families
+from moerunner.models import families
 from moerunner.models.adapt import patch, runners, unpatch
 from moerunner.models.entry import Family, Keys, Router, View
 from moerunner.models.load import load, load_weights
@@ -21,5 +21,3 @@ __all__ = [
     "runners",
     "unpatch",
 ]
-
-experts_function.install()

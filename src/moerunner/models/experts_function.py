@@ -1,18 +1,12 @@
 """`experts_implementation="moerunner"`: the experts alone, through Transformers' own registry, for any family that asks it.
 
-Importing moerunner does not import Transformers: the function is registered when Transformers' registry is imported, or at
-once where it already is.
+`moerunner.announce` registers the function when Transformers' registry is imported.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,38 +87,3 @@ def _by_class() -> dict[type, ActivationSpec]:
 def register() -> None:
     """Adds the function to Transformers' registry now."""
     sys.modules[_REGISTRY].ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
-
-
-def install() -> None:
-    """Registers as soon as Transformers' registry exists. Calling it again changes nothing."""
-    if _REGISTRY in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(_REGISTRY, register))
-
-
-class _AfterImport(MetaPathFinder):
-    """Lets one module be imported as always, then runs an action, once."""
-
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self._name, self._action, self._asking = name, action, False
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self._name or self._asking:
-            return None
-        self._asking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asking = False
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self._action()
-            sys.meta_path.remove(self)
-
-        spec.loader.exec_module = exec_module
-        return spec
