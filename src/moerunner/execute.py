@@ -149,7 +149,7 @@ class Verbs:
             if routing.input_transform is not None:
                 seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype)
             logits = gate_logits(seen, w.tensors["gate"], w.tensors.get("gate_bias"), routing)
-        get = w.tensors.get
+        get, sets = w.tensors.get, range(routing.modalities)
         return route(
             logits,
             spec,
@@ -157,21 +157,28 @@ class Verbs:
             per_expert_scale=get("per_expert_scale"),
             global_scale=get("global_scale"),
             hash_table=get("hash_table"),
-            input_ids=_per_token("input_ids", input_ids, x_TH.shape[0]),
-            token_types=_per_token("token_types", token_types, x_TH.shape[0]),
+            input_ids=_per_token("input_ids", input_ids, x_TH.shape[0], get("hash_table")),
+            token_types=_per_token("token_types", token_types, x_TH.shape[0], sets if len(sets) > 1 else None),
             num_tokens=x_TH.shape[0],
             device=x_TH.device,
             scale=self._scales_weights,
         )
 
     def _brought(self, topk: TopK, tokens: int) -> TopK:
-        spec = self.spec
-        ids, weights = topk.ids.reshape(-1, topk.ids.shape[-1]).to(torch.int64), topk.weights
-        if ids.shape[0] != tokens or weights.numel() != ids.numel():
-            what = f"ids {list(topk.ids.shape)} and weights {list(weights.shape)} do not fit {tokens} tokens"
+        spec, ids, weights, shared = self.spec, topk.ids, topk.weights, topk.shared_weights
+        if 0 in (ids.ndim, *ids.shape[-1:]) or ids.shape != weights.shape or ids.shape[:-1].numel() != tokens:
+            what = f"ids {list(ids.shape)} and weights {list(weights.shape)} do not fit {tokens} tokens"
             raise SpecError(what, where="topk")
-        if self._shared is not None and self._shared.spec.gate == "router" and topk.shared_weights is None:
-            raise SpecError("shared experts are weighted by the router", where="topk", next_step="Pass shared_weights")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise SpecError(f"are {ids.dtype}, expected whole numbers", where="topk ids")
+        ids = ids.reshape(-1, ids.shape[-1]).to(torch.int64)
+        if self._shared is not None and self._shared.spec.gate == "router":
+            if shared is None:
+                raise SpecError("shared experts are weighted by the router", where="topk", next_step="Pass shared_weights")
+            wanted = [tokens, self._shared.spec.count]
+            if shared.numel() != wanted[0] * wanted[1] or shared.shape[-1] != wanted[1]:
+                raise SpecError(f"have shape {list(shared.shape)}, expected {wanted}", where="topk.shared_weights")
+            shared = shared.reshape(wanted)
         physical = topk.space == "physical"
         if physical and spec.zero_experts:
             what = "are slots of a placement, in which zero experts have none"
@@ -180,7 +187,7 @@ class Verbs:
         if topk.scaled and self._scale_name:
             what = "applies the routed scaling factor a second time, the weights that were passed hold it"
             raise PlanError(what, first=f"topk (in place of {self._route_name})", second=self._scale_name)
-        weights, shared = wide(weights).reshape(ids.shape), topk.shared_weights
+        weights = wide(weights).reshape(ids.shape)
         if self._scales_weights and not topk.scaled:
             weights = weights * spec.routed_scaling_factor
             shared = None if shared is None else shared * spec.routed_scaling_factor
@@ -254,10 +261,16 @@ def _cut(weight: Tensor | None, width: int) -> Tensor | None:
     return None if weight is None else weight[:width]
 
 
-def _per_token(name: str, values: Tensor | None, tokens: int) -> Tensor | None:
-    if values is not None and values.numel() != tokens:
+def _per_token(name: str, values: Tensor | None, tokens: int, allowed: Tensor | range | None) -> Tensor | None:
+    """One whole number per token, that there is a row or an expert set of."""
+    if values is None or allowed is None:
+        return None
+    if values.numel() != tokens:
         raise SpecError(f"has {values.numel()} entries for {tokens} tokens", where=name)
-    return None if values is None else values.reshape(-1)
+    if values.is_floating_point():
+        raise SpecError(f"are {values.dtype}, expected whole numbers", where=name)
+    check_ids(values, len(allowed), name, lowest=0)
+    return values.reshape(-1)
 
 
 def _transform(name: str, spec: TransformSpec, y: Tensor, w: LayerWeights, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.support.numerics import relative_error
 
 from moerunner import (
+    Custom,
     ExpertsSpec,
     ExpertWeights,
     LayerWeights,
@@ -22,9 +24,11 @@ from moerunner import (
     SharedSpec,
     SpecError,
     TopK,
+    TransformSpec,
     UnsupportedError,
     WeightsError,
     fused_experts,
+    resolve,
 )
 from moerunner.errors import DistributedError
 from moerunner.ops.reference import reference
@@ -249,3 +253,169 @@ def test_the_function_refuses_what_does_not_fit(change: dict, match: str) -> Non
 def test_experts_with_names_that_are_none() -> None:
     with pytest.raises(WeightsError, match="no expert tensor is called w3"):
         ExpertWeights.of({"w3": torch.zeros(1)})
+
+
+# ---- what used to pass silently, or ended in an IndexError far from its cause
+
+
+def simple(**changes) -> MoESpec:
+    base = {
+        "hidden_size": 16,
+        "num_experts": 6,
+        "top_k": 2,
+        "routing": RoutingSpec(),
+        "experts": ExpertsSpec(intermediate_size=8),
+        "apply_routed_scale_to_output": False,
+    }
+    return MoESpec(**{**base, **changes})
+
+
+def weights_for(spec: MoESpec) -> dict:
+    given = {n: torch.randn(s) for n, s in spec.weight_shapes(vocab_size=9).items()}
+    if "hash_table" in given:
+        given["hash_table"] = torch.randint(spec.num_experts, (9, spec.top_k))
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"gate": None}, "gate is a NoneType, expected a tensor"),
+        ({"gate": [[0.0] * 16] * 6}, "gate is a list, expected a tensor"),
+        ({"w13": None}, "w13 is a NoneType"),
+        ({"gate": lambda x: x}, "missing gate; function gate is not in the spec"),
+        ({"w2": torch.zeros(6, 24, 8)}, r"w13 has shape \[6, 16, 16\], expected \[6, 16, 24\]"),
+        ({"w13": torch.zeros(6, 16, 24)}, r"w13 has shape \[6, 16, 24\], expected \[6, 16, 16\]"),
+        ({"w2": torch.zeros(6, 12, 8)}, r"w2 has shape \[6, 12, 8\], expected \[6, 16, 8\]"),
+        ({"w2": torch.zeros(6, 16)}, r"w2 has shape \[6, 16\], expected \[6, 16, 8\]"),
+        ({"w13": torch.zeros(6, 16, 16, dtype=torch.bfloat16)}, "w13 is torch.bfloat16, w2 is torch.float32"),
+        ({"gate": torch.zeros(6, 16, dtype=torch.int64)}, "gate is torch.int64, expected floating point"),
+    ],
+)
+def test_weights_that_are_no_weights(change: dict, match: str) -> None:
+    spec = simple()
+    with pytest.raises(WeightsError, match=match):
+        MoERunner(spec, {**weights_for(spec), **change})
+
+
+def test_everything_that_is_wrong_is_in_one_message() -> None:
+    spec = simple(final_transform=TransformSpec((Custom(in_features=16, out_features=16, linear=False),)))
+    given = {"gate": torch.zeros(5, 16), "w13": torch.zeros(6, 16, 16), "w4": torch.zeros(1), "final_transform.1": abs}
+    with pytest.raises(WeightsError) as caught:
+        MoERunner(spec, given)
+    for part in ("missing w2", "not in the spec: w4", "gate has shape [5, 16]", "function final_transform.0 is missing"):
+        assert part in str(caught.value)
+    assert "function final_transform.1 is not in the spec" in str(caught.value)
+
+
+def test_expert_sets_must_be_alike_and_as_many_as_the_spec_says() -> None:
+    spec = simple(routing=RoutingSpec(modalities=2))
+    given = weights_for(spec)
+    sets = [ExpertWeights.of({n: given.pop(f"{n}.{i}") for n in ("w13", "w2")}) for i in range(2)]
+    LayerWeights.of(spec, {**given, "experts": sets})
+    with pytest.raises(WeightsError, match="1 expert sets given, the spec has 2"):
+        LayerWeights.of(spec, {**given, "experts": sets[0]})
+    sets[1] = dataclasses.replace(sets[1], gate_up="interleaved")
+    with pytest.raises(WeightsError, match="differ in gate_up"):
+        LayerWeights.of(spec, {**given, "experts": sets})
+
+
+@pytest.mark.parametrize(
+    ("topk", "match"),
+    [
+        (TopK(torch.zeros(3, 2), torch.ones(3, 2)), "are torch.float32, expected whole numbers"),
+        (TopK(torch.zeros(3, 2, dtype=torch.bool), torch.ones(3, 2)), "are torch.bool, expected whole numbers"),
+        (TopK(torch.zeros(3, 2, dtype=torch.int64), torch.ones(2, 3)), "do not fit 3 tokens"),
+        (TopK(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)), "do not fit 3 tokens"),
+        (TopK(torch.zeros(3, dtype=torch.int64), torch.ones(3)), "do not fit 3 tokens"),
+        (TopK(torch.zeros((), dtype=torch.int64), torch.ones(())), "do not fit 3 tokens"),
+        (TopK(torch.zeros(3, 0, dtype=torch.int64), torch.ones(3, 0)), "do not fit 3 tokens"),
+    ],
+)
+def test_routing_that_is_no_routing(topk: TopK, match: str) -> None:
+    spec = simple()
+    with pytest.raises(SpecError, match=match):
+        MoERunner(spec, weights_for(spec))(torch.zeros(3, 16), topk=topk)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 2), (3, 3), (2, 3)])
+def test_weights_of_shared_experts_fit_the_tokens(shape: tuple[int, int]) -> None:
+    spec = simple(routing=RoutingSpec(score="sigmoid"), shared=SharedSpec(width=4, count=2, gate="router"))
+    runner, ids = MoERunner(spec, weights_for(spec)), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(SpecError, match=r"expected \[3, 2\]"):
+        runner(torch.zeros(3, 16), topk=TopK(ids, torch.ones(3, 2), shared_weights=torch.ones(shape)))
+    with pytest.raises(SpecError, match="Pass shared_weights"):
+        runner(torch.zeros(3, 16), topk=TopK(ids, torch.ones(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (torch.tensor([0, 9, 1]), "input_ids: ids reach from 0 to 9, allowed are 0 to 8"),
+        (torch.tensor([0, -1, 1]), "input_ids: ids reach from -1 to 1"),
+        (torch.zeros(3), "input_ids: are torch.float32"),
+        (torch.zeros(2, dtype=torch.int64), "input_ids: has 2 entries for 3 tokens"),
+    ],
+)
+def test_token_ids_that_the_table_does_not_have(values: torch.Tensor, match: str) -> None:
+    spec = simple(routing=RoutingSpec(choose="hash"))
+    with pytest.raises(SpecError, match=match):
+        MoERunner(spec, weights_for(spec))(torch.zeros(3, 16), input_ids=values)
+
+
+@pytest.mark.parametrize("value", [-1, 6])
+def test_a_table_of_experts_that_do_not_exist(value: int) -> None:
+    spec = simple(routing=RoutingSpec(choose="hash"))
+    table = torch.zeros(9, 2, dtype=torch.int64)
+    table[4, 1] = value
+    with pytest.raises(WeightsError, match="hash_table holds ids from"):
+        MoERunner(spec, {**weights_for(spec), "hash_table": table})
+    with pytest.raises(WeightsError, match=r"hash_table is torch.float32, expected whole numbers"):
+        MoERunner(spec, {**weights_for(spec), "hash_table": torch.zeros(9, 2)})
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (None, "Pass token_types"),
+        (torch.tensor([0, 2, 1]), "token_types: ids reach from 0 to 2, allowed are 0 to 1"),
+        (torch.tensor([0, -1, 1]), "token_types: ids reach from -1"),
+        (torch.zeros(3), "token_types: are torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), "token_types: has 4 entries for 3 tokens"),
+    ],
+)
+def test_token_types_that_no_set_is_for(values: torch.Tensor | None, match: str) -> None:
+    spec = simple(routing=RoutingSpec(modalities=2))
+    with pytest.raises(SpecError, match=match):
+        MoERunner(spec, weights_for(spec))(torch.zeros(3, 16), token_types=values)
+
+
+@pytest.mark.parametrize(
+    ("placement", "match"),
+    [
+        ([[0, 1, 2], [3, 4, 5]], "tuple of experts for each rank"),
+        ((0, 1), "tuple of experts for each rank"),
+        ((("a",), ("b",)), "tuple of experts for each rank"),
+        ("random", "'linear', 'round_robin'"),
+        (((0, 1, 2, 3, 4, 5),), "lists 1 ranks, ep is 2"),
+    ],
+)
+def test_placements_that_are_none(placement: object, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        Layout(ep=2, placement=placement)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "1", True, None])
+def test_a_timeout_is_a_time(timeout: object) -> None:
+    with pytest.raises(SpecError, match=r"Layout\.timeout"):
+        Layout(timeout=timeout)  # type: ignore[arg-type]
+
+
+def test_a_plan_needs_both_products() -> None:
+    spec = simple()
+    meta = LayerWeights.of(spec, weights_for(spec)).meta()
+    for name in ("experts.0.w13", "experts.0.w2"):
+        with pytest.raises(WeightsError, match=r"experts\.0\.w13 and experts\.0\.w2"):
+            resolve(spec, None, {n: m for n, m in meta.items() if n != name}, "cpu")
+    with pytest.raises(UnsupportedError, match="not on tpu"):
+        resolve(spec, None, meta, "tpu")

@@ -10,7 +10,8 @@ from torch import Tensor
 from moerunner.errors import SpecError, WeightsError
 from moerunner.experts.base import ExpertsCall, Request
 from moerunner.experts.registry import choose
-from moerunner.spec import ActivationSpec
+from moerunner.ops.precision import wide
+from moerunner.spec import ActivationSpec, ExpertsSpec
 from moerunner.values import ExpertWeights, GateUp, TopK
 
 
@@ -52,11 +53,13 @@ def fused_experts(
         UnsupportedError: the backend does not do what is asked.
     """
     weights = ExpertWeights.of({"w13": w13, "w2": w2, "b13": b13, "b2": b2}, gate_up)
-    _check(x, weights, topk_weights, topk_ids, gate_up)
+    _check(x, weights, topk_weights, topk_ids, gate_up, expert_map)
     act = ActivationSpec(kind=cast("Any", activation), limit=limit, alpha=alpha, beta=beta, clamp_after=clamp_after)
+    ExpertsSpec(intermediate_size=w2.shape[2], activation=act, gated=gate_up != "none")  # refuses what needs a gate
     ids = topk_ids.reshape(-1, topk_ids.shape[-1]).to(torch.int64)
     check_ids(ids, w2.shape[0] if expert_map is None else expert_map.shape[0])
     if expert_map is not None:
+        check_ids(expert_map, w2.shape[0], "expert_map")
         ids = torch.where(ids >= 0, expert_map.to(torch.int64)[ids.clamp(min=0)], -1)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w13, w2, b13, b2, topk_weights))
     request = Request(
@@ -71,25 +74,27 @@ def fused_experts(
         grad=grad,
     )
     run = choose(request, backend).backend.run
-    topk = TopK(ids, topk_weights.reshape(ids.shape).float())
+    topk = TopK(ids, wide(topk_weights.reshape(ids.shape)))
     y = run(x.reshape(-1, x.shape[-1]), topk, weights, ExpertsCall(activation=act, input_weighting=input_weighting))
     y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    if out is not None and out.shape != y.shape:
+        raise WeightsError(f"out has shape {list(out.shape)}, the result {list(y.shape)}", where="fused_experts")
     return y if out is None else out.copy_(y)
 
 
-def check_ids(ids: Tensor, count: int) -> None:
-    """Ids must lie in [-1, count). Looked at on a CPU; on a GPU a device-side assertion, which waits for nothing."""
-    inside = ((ids >= -1) & (ids < count)).all()
-    if ids.device.type == "cpu":
-        if not inside:
-            raise SpecError(
-                f"ids reach from {int(ids.min())} to {int(ids.max())}, allowed are -1 to {count - 1}", where="topk ids"
-            )
-    else:
-        torch._assert_async(inside, f"topk ids outside -1 to {count - 1}")
+def check_ids(ids: Tensor, count: int, where: str = "topk ids", *, lowest: int = -1) -> None:
+    """Ids must lie in [lowest, count). Looked at on a CPU; on a GPU a device-side assertion, which waits for nothing."""
+    inside = ((ids >= lowest) & (ids < count)).all()
+    if ids.device.type != "cpu":
+        torch._assert_async(inside, f"{where} outside {lowest} to {count - 1}")
+    elif not inside:
+        what = f"ids reach from {int(ids.min())} to {int(ids.max())}, allowed are {lowest} to {count - 1}"
+        raise SpecError(what, where=where)
 
 
-def _check(x: Tensor, weights: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, gate_up: str) -> None:
+def _check(
+    x: Tensor, weights: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, gate_up: str, expert_map: Tensor | None
+) -> None:
     where, w13, w2 = "fused_experts", weights.w13, weights.w2
     if w13.ndim != 3 or w2.ndim != 3:
         raise WeightsError(f"w13 and w2 must have 3 dimensions, not {w13.ndim} and {w2.ndim}", where=where)
@@ -111,8 +116,9 @@ def _check(x: Tensor, weights: ExpertWeights, topk_weights: Tensor, topk_ids: Te
             f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} do not fit x {list(x.shape)}",
             where=where,
         )
-    if topk_ids.is_floating_point():
-        raise WeightsError(f"topk_ids must be whole numbers, not {topk_ids.dtype}", where=where)
+    for name, index in (("topk_ids", topk_ids), ("expert_map", expert_map)):
+        if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
+            raise WeightsError(f"{name} must be whole numbers, not {index.dtype}", where=where)
     for name, entry in weights.tensors.items():
         if entry.tensor.dtype != x.dtype or entry.tensor.device != x.device:
             raise WeightsError(

@@ -49,10 +49,11 @@ class Layout:
             raise SpecError(f"must be 'auto', 'sharded' or 'replicated', not {self.shared!r}", where="Layout.shared")
         if isinstance(self.redundant, bool) or not isinstance(self.redundant, int) or self.redundant < 0:
             raise SpecError(f"must be a whole number of at least 0, not {self.redundant!r}", where="Layout.redundant")
-        if not self.timeout > 0:
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
             raise SpecError(f"must be above 0 seconds, not {self.timeout!r}", where="Layout.timeout")
-        if isinstance(self.placement, str) and self.placement not in ("linear", "round_robin"):
-            raise SpecError(f"must be 'linear', 'round_robin' or explicit, not {self.placement!r}", where="Layout.placement")
+        if self.placement not in (None, "linear", "round_robin") and not _explicit(self.placement):
+            what = f"must be 'linear', 'round_robin' or a tuple of experts for each rank, not {self.placement!r}"
+            raise SpecError(what, where="Layout.placement")
         if isinstance(self.placement, tuple):
             if len(self.placement) != self.ep:
                 raise SpecError(f"lists {len(self.placement)} ranks, ep is {self.ep}", where="Layout.placement")
@@ -122,6 +123,11 @@ class Layout:
         from moerunner.parallel.comm import TorchComm
 
         return BoundLayout(self, TorchComm(self, mesh))
+
+
+def _explicit(placement: object) -> bool:
+    rows = placement if isinstance(placement, tuple) else (None,)
+    return all(isinstance(row, tuple) and all(type(e) is int for e in row) for row in rows)
 
 
 def split_counts(total: int, parts: int) -> list[int]:

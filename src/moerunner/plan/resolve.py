@@ -40,8 +40,8 @@ def resolve(
     """
     layout, options = layout or Layout(), options or Options()
     w2 = weights_meta.get("experts.0.w2")
-    if w2 is None:
-        raise WeightsError("have no experts.0.w2", where="resolve", next_step="Pass LayerWeights.meta()")
+    if w2 is None or "experts.0.w13" not in weights_meta:
+        raise WeightsError("have no experts.0.w13 and experts.0.w2", where="resolve", next_step="Pass LayerWeights.meta()")
     if options.grad and layout.world > 1:
         raise UnsupportedError("gradients are given on one rank only", where="resolve", next_step="Use one rank, or no_grad")
     if w2.format != quant.PLAIN and options.dtype is None:

@@ -149,34 +149,45 @@ class LayerWeights:
         `experts` may stand for the experts' tensors: one `ExpertWeights`, or a sequence with one per modality set.
         The experts' hidden width may be padded beyond the spec's.
         """
-        given, functions = (
-            dict(weights),
-            {k: v for k, v in weights.items() if not isinstance(v, Tensor) and callable(v)},
-        )
+        given = dict(weights)
         experts = given.pop("experts", None)
+        functions = {k: v for k, v in given.items() if not isinstance(v, Tensor) and callable(v)}
+        tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
+        odd = {k: v for k, v in given.items() if k not in functions and k not in tensors}
         shapes = spec.weight_shapes(vocab_size=_rows(given.get("hash_table")))
         of_experts = [n for n in shapes if n.split(".")[0] in _EXPERT_LAYOUT]
-        tensors = {k: v for k, v in given.items() if k not in functions}
+        named = set(shapes) if experts is None else set(shapes) - set(of_experts)
+        problems = _name_problems(named, {*tensors, *odd})
+        problems += [f"{n} is a {type(v).__name__}, expected a tensor" for n, v in odd.items() if n in named]
         if experts is None:
             count, many = spec.routing.modalities, spec.routing.modalities > 1
-            _check_names(set(shapes), set(tensors))
             layout = gate_up if spec.experts.gated else "none"
-            sets = [
-                {n.split(".")[0]: tensors.pop(n) for n in of_experts if not many or n.endswith(f".{i}")} for i in range(count)
-            ]
-            experts = tuple(ExpertWeights.of(s, layout) for s in sets)
+            own = [[n for n in of_experts if n in tensors and (not many or n.endswith(f".{i}"))] for i in range(count)]
+            experts = tuple(ExpertWeights.of({n.split(".")[0]: tensors.pop(n) for n in one}, layout) for one in own)
         else:
             experts = (experts,) if isinstance(experts, ExpertWeights) else tuple(experts)
-            _check_names(set(shapes) - set(of_experts), set(tensors))
-        problems = [
+        problems += [
             f"{n} has shape {list(t.shape)}, expected {list(shapes[n])}"
             for n, t in tensors.items()
-            if tuple(t.shape) != shapes[n]
+            if n in named and tuple(t.shape) != shapes[n]
         ]
+        problems += [
+            f"{n} is {t.dtype}, expected {'whole numbers' if n == 'hash_table' else 'floating point'}"
+            for n, t in tensors.items()
+            if n in named and t.is_floating_point() == (n == "hash_table")
+        ]
+        table, choosable = tensors.get("hash_table"), spec.num_experts + spec.zero_experts
+        if (
+            table is not None
+            and table.numel()
+            and not table.is_meta
+            and not 0 <= int(table.min()) <= int(table.max()) < choosable
+        ):
+            problems.append(f"hash_table holds ids from {int(table.min())} to {int(table.max())} of {choosable} experts")
         if len(experts) != spec.routing.modalities:
             problems.append(f"{len(experts)} expert sets given, the spec has {spec.routing.modalities}")
         else:
-            problems += _expert_problems(spec, experts, shapes)
+            problems += _expert_problems(spec, experts, shapes, names=named != set(shapes))
         wanted = {
             f"{name}.{i}"
             for name, transform in spec.transforms().items()
@@ -186,7 +197,8 @@ class LayerWeights:
         problems += [f"function {n} is missing" for n in sorted(wanted - set(functions))]
         problems += [f"function {n} is not in the spec" for n in sorted(set(functions) - wanted)]
         if problems:
-            raise WeightsError("; ".join(problems), where="weights")
+            next_step = "MoESpec.weight_shapes() lists what is needed"
+            raise WeightsError("; ".join(problems), where="weights", next_step=next_step)
         return cls(experts, tensors, functions)
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> LayerWeights:
@@ -217,15 +229,18 @@ def _rows(table: Any) -> int | None:
     return table.shape[0] if isinstance(table, Tensor) and table.ndim else None
 
 
-def _check_names(wanted: set[str], given: set[str]) -> None:
+def _name_problems(wanted: set[str], given: set[str]) -> list[str]:
     missing, extra = sorted(wanted - given), sorted(given - wanted)
-    if missing or extra:
-        lists = [f"missing {', '.join(missing)}"] * bool(missing) + [f"not in the spec: {', '.join(extra)}"] * bool(extra)
-        raise WeightsError("; ".join(lists), where="weights", next_step="MoESpec.weight_shapes() lists what is needed")
+    return [f"missing {', '.join(missing)}"] * bool(missing) + [f"not in the spec: {', '.join(extra)}"] * bool(extra)
 
 
-def _expert_problems(spec: MoESpec, experts: tuple[ExpertWeights, ...], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    problems = []
+def _expert_problems(
+    spec: MoESpec, experts: tuple[ExpertWeights, ...], shapes: dict[str, tuple[int, ...]], *, names: bool
+) -> list[str]:
+    """What is wrong with the experts' tensors; names: missing and extra ones too."""
+    problems, width = [], spec.routed_hidden_size
+    if len({(one.gate_up, one.format) for one in experts}) > 1:
+        problems.append("expert sets differ in gate_up or format")
     for index, one in enumerate(experts):
         suffix = f".{index}" if spec.routing.modalities > 1 else ""
         wanted = {n.split(".")[0]: s for n, s in shapes.items() if n.endswith(suffix) and n.split(".")[0] in _EXPERT_LAYOUT}
@@ -233,19 +248,18 @@ def _expert_problems(spec: MoESpec, experts: tuple[ExpertWeights, ...], shapes: 
             problems.append(f"gate_up={one.gate_up!r} but gated={spec.experts.gated}")
         if one.format != "none":
             continue  # a format checks its own tensors
-        names = set(one.tensors)
-        problems += [f"{n}{suffix} is missing" for n in sorted(set(wanted) - names)]
-        problems += [f"{n}{suffix} is not in the spec" for n in sorted(names - set(wanted))]
-        padded = one.w2.shape[1] if "w2" in names and one.w2.ndim == 3 else 0
-        for name in sorted(names & set(wanted)):
-            shape, width = wanted[name], spec.routed_hidden_size
-            allowed = {
-                shape,
-                tuple(padded if d == width and i == _hidden_dim(name) else d for i, d in enumerate(shape)),
-            }
-            got = tuple(one.tensors[name].tensor.shape)
-            if got not in allowed or padded < width:
-                problems.append(f"{name}{suffix} has shape {list(got)}, expected {list(shape)}")
+        if names:
+            problems += [f"{n}{suffix} is missing" for n in sorted(set(wanted) - set(one.tensors))]
+            problems += [f"{n}{suffix} is not in the spec" for n in sorted(set(one.tensors) - set(wanted))]
+        w13, w2 = one.get("w13"), one.get("w2")
+        padded = max(width, w2.shape[1]) if w2 is not None and w2.ndim == 3 else width
+        for name in sorted(set(one.tensors) & set(wanted)):
+            expected = [padded if i == _hidden_dim(name) else d for i, d in enumerate(wanted[name])]
+            got = list(one.tensors[name].tensor.shape)
+            if got != expected:
+                problems.append(f"{name}{suffix} has shape {got}, expected {expected}")
+        if w13 is not None and w2 is not None and w13.dtype != w2.dtype:
+            problems.append(f"w13{suffix} is {w13.dtype}, w2{suffix} is {w2.dtype}")
     return problems
 
 
