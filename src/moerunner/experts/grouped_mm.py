@@ -13,6 +13,7 @@ from torch.nn.functional import grouped_mm
 from moerunner.experts.base import BackendInfo, ExpertsCall
 from moerunner.ops.activation import activate
 from moerunner.ops.permute import rows_by_slot, sort_by_expert, take_rows, weighted_sum
+from moerunner.ops.precision import wide
 from moerunner.values import ExpertWeights, TopK
 
 _DTYPES = frozenset({"float32", "bfloat16", "float16"})
@@ -45,14 +46,14 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
     if torch.is_grad_enabled():
         x_RH = torch.where(slot_valid_R1, x_RH, 0)
     h_RI = grouped_mm(x_RH, weights.w13.to(x_TH.dtype).transpose(1, 2), offs=ends)
-    if b13 is not None:
-        h_RI = h_RI + b13.to(h_RI.dtype)[expert_R]
+    if b13 is not None:  # in float32, so that product and bias are not rounded apart
+        h_RI = wide(h_RI) + wide(b13)[expert_R]
     if torch.is_grad_enabled():
         h_RI = torch.where(slot_valid_R1, h_RI, 0)
-    h_RI = activate(h_RI, call.activation, gate_up=weights.gate_up)
+    h_RI = activate(h_RI, call.activation, gate_up=weights.gate_up).to(x_TH.dtype)
     y_RH = grouped_mm(h_RI, weights.w2.to(x_TH.dtype).transpose(1, 2), offs=ends)
     if b2 is not None:
-        y_RH = y_RH + b2.to(y_RH.dtype)[expert_R]
+        y_RH = wide(y_RH) + wide(b2)[expert_R]
     if call.output == "rows":
         return rows_by_slot(y_RH, order)
     return weighted_sum(y_RH, None if call.input_weighting else topk.weights, order)
