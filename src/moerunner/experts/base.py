@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -38,6 +39,7 @@ class BackendInfo:
     reduced: its result needs no reduction over ranks.
     priority: larger is preferred by "auto", per device type, or per `device/dtype` where that differs.
     few_tokens: up to so many tokens it is preferred all the same, per device type.
+    requires: a module that must be installed.
     """
 
     name: str
@@ -122,6 +124,8 @@ def refusals(info: BackendInfo, request: Request) -> list[str]:
     needs |= {n for n in ("limit", "gate_softcap", "up_softcap") if getattr(a, n) is not None}
     needs |= {"clamp_after"} if a.clamp_after else set()
     reasons = []
+    if info.requires and importlib.util.find_spec(info.requires) is None:
+        reasons.append(f"needs {info.requires}, which is not installed")
     if request.device not in info.dtypes:
         reasons.append(f"runs on {', '.join(sorted(info.dtypes))}, not on {request.device}")
     elif request.dtype not in info.dtypes[request.device]:

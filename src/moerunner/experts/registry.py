@@ -17,6 +17,7 @@ from moerunner.experts.base import Backend, BackendInfo, Request, refusals
 _BUILT_IN = {
     "eager": "moerunner.experts.eager",
     "grouped_mm": "moerunner.experts.grouped_mm",
+    "triton": "moerunner.experts.triton",
 }
 _registered: dict[str, Backend] = {}
 

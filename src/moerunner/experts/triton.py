@@ -1,0 +1,54 @@
+"""Triton kernels: gathered rows, gate and up in one product with the activation in it, nothing read back to the host.
+
+The kernels are imported on first use, so that this file can say what they need where Triton is absent.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moerunner.experts.base import BackendInfo, ExpertsCall
+from moerunner.values import ExpertWeights, TopK
+
+INFO = BackendInfo(
+    name="triton",
+    dtypes={"cuda": frozenset({"float32", "bfloat16", "float16"})},
+    bias=True,
+    input_weighting=True,
+    id_minus_one=True,
+    row_output=True,
+    applies_scale=True,
+    deterministic=True,
+    capturable=True,
+    host_sync=False,
+    priority={"cuda": 30},
+    requires="triton",
+)
+
+
+def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
+    """[T, H] float32 weighted sums, or [T, K, H] rows; see `ExpertsCall`."""
+    from moerunner.kernels import experts as kernels
+    from moerunner.kernels.activation import KINDS
+
+    a = call.activation.resolved()
+    return kernels.triton_experts(
+        x_TH,
+        topk.ids,
+        topk.weights.float(),
+        weights.w13,
+        weights.w2,
+        weights.get("b13"),
+        weights.get("b2") if call.down_bias else None,
+        kernels.LAYOUTS.index(weights.gate_up),
+        KINDS.index(a.kind),
+        1.0 if a.alpha is None else a.alpha,
+        a.beta or 0.0,
+        a.limit,
+        a.clamp_after,
+        a.gate_softcap,
+        a.up_softcap,
+        call.input_weighting,
+        kernels.ROWS if call.output == "rows" else kernels.SUMMED,
+        call.scale,
+    )

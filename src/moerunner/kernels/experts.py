@@ -1,0 +1,180 @@
+"""The custom op `moerunner::triton_experts`: from tokens and top-k ids to weighted sums, in two to five launches.
+
+Shape suffixes: T tokens, K chosen experts, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moerunner.kernels import tiles as tile_choice
+from moerunner.kernels.common import computable, has_tma, overlap
+from moerunner.kernels.few import few_down, few_gate_up
+from moerunner.kernels.grouped import down, gate_up, sum_slots
+from moerunner.kernels.order import order_slots
+from moerunner.kernels.tiles import Few, Grouped, Product
+
+LAYOUTS = ("concat", "interleaved", "none")
+ROWS, SUMMED, FINAL = 0, 1, 2
+"""Outputs: [T, K, H] unweighted rows in x's dtype; [T, H] sums in float32; [T, H] sums in x's dtype."""
+
+
+@torch.library.custom_op("moerunner::triton_experts", mutates_args=())
+def triton_experts(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    layout: int,
+    kind: int,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    clamp_after: bool,
+    gate_softcap: float | None,
+    up_softcap: float | None,
+    input_weighting: bool,
+    output: int,
+    scale: float,
+) -> Tensor:
+    """The chosen experts of every token.
+
+    Args:
+        x_TH, w13 [E, 2I, H] ([E, I, H] ungated), w2 [E, H, I], b13 [E, 2I], b2 [E, H]: any strides. ids: any outside 0..E-1 is
+            no expert. weights: float32.
+        layout: index into `LAYOUTS`, of w13's rows. kind: index into `activation.KINDS`. output: ROWS, SUMMED or FINAL.
+        scale: factor on the sums.
+    """
+    return run(
+        x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
+        input_weighting, output, scale, None,
+    )  # fmt: skip
+
+
+@triton_experts.register_fake
+def _(
+    x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
+    input_weighting, output, scale,
+):  # fmt: skip
+    return _empty_output(x_TH, ids_TK, w2, output)
+
+
+def _empty_output(x_TH: Tensor, ids_TK: Tensor, w2: Tensor, output: int) -> Tensor:
+    tokens, k = ids_TK.shape
+    shape = (tokens, k, w2.shape[1]) if output == ROWS else (tokens, w2.shape[1])
+    return torch.empty(shape, dtype=torch.float32 if output == SUMMED else x_TH.dtype, device=x_TH.device)
+
+
+def run(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    layout: int,
+    kind: int,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    clamp_after: bool,
+    gate_softcap: float | None,
+    up_softcap: float | None,
+    input_weighting: bool,
+    output: int,
+    scale: float,
+    tiles: Few | Grouped | None,
+) -> Tensor:
+    """`triton_experts` with tiles of the caller's choice; None chooses them from the shape."""
+    if ids_TK.numel() == 0:
+        return _empty_output(x_TH, ids_TK, w2, output).zero_()
+    dtype = x_TH.dtype
+    x_TH, w13, w2, b13, b2 = (computable(t) for t in (x_TH, w13, w2, b13, b2))  # type: ignore[assignment]
+    ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
+    (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
+    if tiles is None:
+        tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
+    launch = _few if isinstance(tiles, Few) else _grouped
+    activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
+    out = launch(x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles)
+    return out if output == SUMMED else out.to(dtype)
+
+
+def _describable(w: Tensor) -> bool:
+    """Whether TMA can read an [E, rows, columns] weight as one matrix: 16-byte aligned rows, experts one after the other."""
+    aligned = w.data_ptr() % 16 == 0 and w.stride(1) * w.element_size() % 16 == 0
+    return aligned and w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) and has_tma(w.device)
+
+
+def _described(w: Tensor, product: Product, *, halves: bool = False) -> TensorDescriptor:
+    """A descriptor of [E * rows, columns]; halves: of [2E, rows / 2, columns], in boxes of both halves of one expert."""
+    experts, rows, columns = w.shape
+    step = w.stride(1)
+    if halves:
+        shape, strides, box = [2 * experts, rows // 2, columns], [rows // 2 * step, step, 1], [2, product.block_n // 2]
+    else:
+        shape, strides, box = [experts * rows, columns], [step, 1], [product.block_n]
+    return TensorDescriptor(w, shape, strides, [*box, product.block_k])
+
+
+def _strides(*tensors: tuple[Tensor | None, int]) -> list[int]:
+    return [s for t, n in tensors for s in (t.stride() if t is not None else (0,) * n)]
+
+
+def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Few) -> Tensor:
+    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
+    h_SI = x.new_empty(tokens * k, inter)
+    up, dn = tiles.up, tiles.down
+    few_gate_up[(triton.cdiv(inter, up.block_n), tokens * k)](
+        x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
+        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
+        num_warps=up.warps, **overlap(x.device, first=True),
+    )  # fmt: skip
+    out = _empty_output(x, ids, w2, output)
+    few_down[(triton.cdiv(hidden, dn.block_n), tokens)](
+        h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
+        output != ROWS and not input_weighting, output != ROWS, triton.next_power_of_2(k), dn.block_n, dn.block_k,
+        num_warps=dn.warps, **overlap(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _grouped(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped) -> Tensor:
+    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
+    up, dn, block_m = tiles.up, tiles.down, tiles.block_m
+    precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
+    y_SH = x.new_zeros(tokens * k, hidden) if output == ROWS else x.new_empty(tokens * k, hidden)
+    h_RI = x.new_empty(tokens * k, inter)
+    order = order_slots(ids, experts, block_m)
+    count = order.tiles_4N.shape[1]
+    gated, interleaved = layout != 2, layout == 1
+    width = up.block_n // 2 if gated else up.block_n
+    up_tma, down_tma = up.tma and _describable(w13), dn.tma and _describable(w2)
+    paired = interleaved or (w13.stride(2) == 1 and not up_tma)
+    gate_up[(count * triton.cdiv(inter, width),)](
+        x, _described(w13, up, halves=gated and not paired) if up_tma else w13, b13, weights, order.slot_R, order.tiles_4N, h_RI, k, hidden, inter, count,
+        *_strides((x, 2), (w13, 3), (b13, 2)), input_weighting, gated, interleaved, paired,
+        *activation, precision, block_m, up.block_n, up.block_k, hidden % up.block_k == 0, up_tma,
+        num_warps=up.warps, num_stages=up.stages, **overlap(x.device),
+    )  # fmt: skip
+    down[(count * triton.cdiv(hidden, dn.block_n),)](
+        h_RI, _described(w2, dn) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH, hidden, inter, count,
+        *_strides((w2, 3), (b2, 2)), output != ROWS and not input_weighting, precision,
+        block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
+        num_warps=dn.warps, num_stages=dn.stages, **overlap(x.device),
+    )  # fmt: skip
+    if output == ROWS:
+        return y_SH.view(tokens, k, hidden)
+    out = _empty_output(x, ids, w2, output)
+    block_h = min(2048, triton.next_power_of_2(hidden))
+    sum_slots[(tokens, triton.cdiv(hidden, block_h))](
+        y_SH, ids, out, hidden, experts, scale, k, block_h, num_warps=max(1, block_h // 256), **overlap(x.device)
+    )
+    return out

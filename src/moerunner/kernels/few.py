@@ -1,0 +1,149 @@
+"""The experts for a handful of tokens: no sort, no tiles of tokens, every program reads a few whole rows of weights.
+
+Time is the reading of the weights of the chosen experts, so programs are cut along the weights' rows, loads are as wide as they
+can be, and products are plain multiplications that are summed once at the end. `few_down` owns a piece of the output and adds a
+token's experts itself, in slot order.
+
+Shape suffixes: T tokens, K chosen experts, S = T * K slots, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moerunner.kernels.activation import act, gate_by
+from moerunner.kernels.common import follow
+
+
+@triton.jit
+def few_gate_up(
+    x_TH,
+    ids_S,
+    w13,
+    b13,
+    weights_S,
+    h_SI,
+    K,
+    E,
+    H,
+    I,
+    stride_xt,
+    stride_xh,
+    stride_we,
+    stride_wn,
+    stride_wh,
+    stride_be,
+    stride_bn,
+    INPUT_WEIGHTING: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    CLAMP_AFTER: tl.constexpr,
+    GATE_SOFTCAP: tl.constexpr,
+    UP_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N columns of h[s] = act(x[token of s] w13[e]^T + b13[e])."""
+    follow(PDL)
+    slot = tl.program_id(1)
+    expert = tl.load(ids_S + slot).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < I
+    safe = tl.where(inside, column, 0).to(tl.int64)
+    if GATED:
+        g_row, u_row = (2 * safe, 2 * safe + 1) if INTERLEAVED else (safe, safe + I)
+    else:
+        g_row, u_row = safe, safe
+    w13 += expert * stride_we
+    x_TH += (slot // K).to(tl.int64) * stride_xt
+    g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        rest = k < H
+        x = tl.load(x_TH + k * stride_xh, mask=rest, other=0.0).to(tl.float32)[None, :]
+        at = k.to(tl.int64)[None, :] * stride_wh
+        g += x * tl.load(w13 + g_row[:, None] * stride_wn + at, mask=rest[None, :], other=0.0).to(tl.float32)
+        if GATED:
+            u += x * tl.load(w13 + u_row[:, None] * stride_wn + at, mask=rest[None, :], other=0.0).to(tl.float32)
+    g_N, u_N = tl.sum(g, 1), tl.sum(u, 1)
+    if INPUT_WEIGHTING:
+        weight = tl.load(weights_S + slot)
+        g_N, u_N = g_N * weight, u_N * weight
+    if b13 is not None:
+        b13 += expert * stride_be
+        g_N += tl.load(b13 + g_row * stride_bn).to(tl.float32)
+        u_N += tl.load(b13 + u_row * stride_bn).to(tl.float32)
+    y = act(g_N, KIND, ALPHA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP)
+    if GATED:
+        y = gate_by(y, u_N, BETA, LIMIT, UP_SOFTCAP)
+    tl.store(h_SI + slot.to(tl.int64) * I + column, y.to(h_SI.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def few_down(
+    h_SI,
+    ids_S,
+    w2,
+    b2,
+    weights_S,
+    out,
+    K,
+    E,
+    H,
+    I,
+    scale,
+    stride_we,
+    stride_wh,
+    stride_wi,
+    stride_be,
+    stride_bh,
+    WEIGHTED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N features of a token: its K experts at once, one product per slot, then their weighted sum (or the K rows).
+
+    out: [T, H] for SUMMED, else [T, K, H], where slots without an expert become 0. KP: K rounded up to a power of two.
+    """
+    follow(PDL)
+    token = tl.program_id(1)
+    k = tl.arange(0, KP)
+    slot = token * K + k
+    expert = tl.load(ids_S + slot, mask=k < K, other=-1).to(tl.int64)
+    taken = (expert >= 0) & (expert < E)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < H
+    w_row = tl.where(inside, column, 0).to(tl.int64)
+    w_ptr = w2 + tl.where(taken, expert, 0)[:, None] * stride_we + w_row[None, :] * stride_wh
+    h_ptr = h_SI + slot.to(tl.int64) * I
+    acc = tl.zeros([KP, BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, I, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        rest = taken[:, None] & (i < I)[None, :]
+        h = tl.load(h_ptr[:, None] + i[None, :], mask=rest, other=0.0).to(tl.float32)
+        at = i.to(tl.int64)[None, None, :] * stride_wi
+        acc += h[:, None, :] * tl.load(w_ptr[:, :, None] + at, mask=rest[:, None, :], other=0.0).to(tl.float32)
+    y = tl.sum(acc, 2)
+    if b2 is not None:
+        b_ptr = b2 + tl.where(taken, expert, 0)[:, None] * stride_be + w_row[None, :] * stride_bh
+        y += tl.load(b_ptr, mask=taken[:, None], other=0.0).to(tl.float32)
+    if WEIGHTED:
+        y *= tl.load(weights_S + slot, mask=taken, other=0.0)[:, None]
+    if SUMMED:
+        total = tl.sum(y, 0) * scale
+        tl.store(out + token.to(tl.int64) * H + column, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        at = slot.to(tl.int64)[:, None] * H + column[None, :]
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=(k < K)[:, None] & inside[None, :])

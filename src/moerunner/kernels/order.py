@@ -1,0 +1,173 @@
+"""Sorting token slots by expert without a host synchronisation, and the map from tiles to experts.
+
+Rows are slots in expert order, stable, those without an expert last. Each expert's rows are cut into tiles of BLOCK_M rows; no
+tile holds rows of two experts. The number of tiles is known on the device only, so the map has room for the most there can be
+and marks the rest with expert -1.
+
+Positions are counted, not won by atomics: the order is the same every run.
+
+Shape suffixes: S slots (token * K + k), R rows, E experts, N tiles, B blocks of slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moerunner.kernels.common import follow, overlap
+
+_ONE_LAUNCH = 4096
+"""Up to this many slots each is compared with every other, in one launch; beyond, blocks are counted first."""
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """slot_R: the slot of each row. tiles_4N: of each tile its expert (-1: none) and that expert's first tile, first row and
+    end row. All int32."""
+
+    slot_R: Tensor
+    tiles_4N: Tensor
+    block_m: int
+
+
+@triton.jit
+def _keys(ids_S, at, S, E):
+    """Expert ids as sort keys: slots without an expert, and places behind the last slot, are E."""
+    key = tl.load(ids_S + at, mask=at < S, other=-1).to(tl.int32)
+    return tl.where((key < 0) | (key >= E), E, key)
+
+
+@triton.jit
+def _write_tiles(count, tiles_4N, N, E, BLOCK_M: tl.constexpr, EP: tl.constexpr):
+    """The tile map from the number of rows of each expert (count [EP])."""
+    e = tl.arange(0, EP)
+    count = tl.where(e < E, count, 0)
+    end = tl.cumsum(count, 0)
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    first = tl.cumsum(tiles, 0) - tiles
+    for j in range(0, tl.max(tiles, 0)):
+        at, mine = first + j, j < tiles
+        tl.store(tiles_4N + at, e, mask=mine)
+        tl.store(tiles_4N + N + at, first, mask=mine)
+        tl.store(tiles_4N + 2 * N + at, end - count, mask=mine)
+        tl.store(tiles_4N + 3 * N + at, end, mask=mine)
+    for start in range(tl.sum(tiles, 0), N, EP):
+        tl.store(tiles_4N + start + e, -1, mask=start + e < N)
+
+
+@triton.jit(do_not_specialize=["S", "N"])
+def _order_few(
+    ids_S,
+    slot_R,
+    tiles_4N,
+    S,
+    E,
+    N,
+    BLOCK_M: tl.constexpr,
+    EP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program 0 writes the tile map, each other places BLOCK slots by comparing them with all, CHUNK at a time."""
+    follow(PDL)
+    if tl.program_id(0) == 0:
+        count = tl.zeros([EP], tl.int32)
+        for start in range(0, S, 1024):
+            count += tl.histogram(_keys(ids_S, start + tl.arange(0, 1024), S, E), EP)
+        _write_tiles(count, tiles_4N, N, E, BLOCK_M, EP)
+    else:
+        at = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        key = _keys(ids_S, at, S, E)
+        ahead = tl.zeros([BLOCK, CHUNK], tl.int32)  # summed once, since a sum over threads costs more than a comparison
+        for start in range(0, S, CHUNK):
+            other_at = start + tl.arange(0, CHUNK)
+            other = _keys(ids_S, other_at, S, E)
+            earlier = (other[None, :] == key[:, None]) & (other_at[None, :] < at[:, None])
+            ahead += ((other[None, :] < key[:, None]) | earlier).to(tl.int32)
+        tl.store(slot_R + tl.sum(ahead, 1), at, mask=at < S)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _count_blocks(ids_S, count_BE, S, E, EP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """How often each expert occurs in one block of slots."""
+    follow(PDL)
+    count = tl.zeros([EP], tl.int32)
+    for start in range(0, BLOCK, 512):
+        at = tl.program_id(0) * BLOCK + start + tl.arange(0, 512)
+        count += tl.histogram(_keys(ids_S, at, S, E), EP)
+    tl.store(count_BE + tl.program_id(0) * EP + tl.arange(0, EP), count)
+
+
+@triton.jit(do_not_specialize=["S", "N", "B"])
+def _place_blocks(
+    ids_S,
+    count_BE,
+    slot_R,
+    tiles_4N,
+    S,
+    E,
+    N,
+    B,
+    BLOCK_M: tl.constexpr,
+    EP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program B writes the tile map, each other places the slots of its block behind those of the blocks before."""
+    follow(PDL)
+    AT_ONCE: tl.constexpr = 8192 // EP
+    block = tl.program_id(0)
+    total = tl.zeros([AT_ONCE, EP], tl.int32)
+    before = tl.zeros([AT_ONCE, EP], tl.int32)
+    for start in range(0, B, AT_ONCE):
+        b = start + tl.arange(0, AT_ONCE)
+        part = tl.load(count_BE + b[:, None] * EP + tl.arange(0, EP)[None, :], mask=b[:, None] < B, other=0)
+        total += part
+        before += tl.where(b[:, None] < block, part, 0)
+    total_E = tl.sum(total, 0)
+    if block == B:
+        _write_tiles(total_E, tiles_4N, N, E, BLOCK_M, EP)
+    else:
+        base_E = tl.cumsum(total_E, 0) - total_E + tl.sum(before, 0)
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        key = _keys(ids_S, at, S, E)
+        same = tl.zeros([BLOCK, CHUNK], tl.int32)  # earlier slots of the block with this key; smaller keys are in base_E
+        for start in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, S), CHUNK):
+            other_at = start + tl.arange(0, CHUNK)
+            other = _keys(ids_S, other_at, S, E)
+            same += ((other[None, :] == key[:, None]) & (other_at[None, :] < at[:, None])).to(tl.int32)
+        tl.store(slot_R + tl.gather(base_E, key, 0) + tl.sum(same, 1), at, mask=at < S)
+
+
+def most_tiles(slots: int, experts: int, block_m: int) -> int:
+    """How many tiles there can be: every expert that was hit may end in a partial one."""
+    return min(slots, slots // block_m + min(slots, experts))
+
+
+def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
+    """Rows in expert order and their tiles. ids: whole numbers, any outside 0..experts-1 is no expert."""
+    slots, device = ids_TK.numel(), ids_TK.device
+    tiles = most_tiles(slots, experts, block_m)
+    slot_R = torch.empty(slots, dtype=torch.int32, device=device)
+    tiles_4N = torch.empty(4, tiles, dtype=torch.int32, device=device)
+    ep = triton.next_power_of_2(experts + 1)
+    if slots <= _ONE_LAUNCH:
+        _order_few[(1 + triton.cdiv(slots, 8),)](
+            ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m, ep, 8, 512, num_warps=8, **overlap(device, first=True)
+        )  # fmt: skip
+    else:
+        block = 512 if slots <= 131072 else 2048
+        blocks = triton.cdiv(slots, block)
+        count_BE = torch.empty(blocks, ep, dtype=torch.int32, device=device)
+        _count_blocks[(blocks,)](ids_TK, count_BE, slots, experts, ep, block, num_warps=4, **overlap(device, first=True))
+        _place_blocks[(blocks + 1,)](
+            ids_TK, count_BE, slot_R, tiles_4N, slots, experts, tiles, blocks, block_m, ep, block, 8192 // block,
+            num_warps=8, **overlap(device),
+        )  # fmt: skip
+    return Tiled(slot_R, tiles_4N, block_m)

@@ -1,0 +1,154 @@
+"""Every kernel path against float64: activations, biases, layouts, strides, dtypes, outputs, slots without an expert."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from cases import TILES, case, error  # noqa: E402
+
+from moerunner.kernels.experts import FINAL, triton_experts  # noqa: E402
+from moerunner.spec import ActivationSpec  # noqa: E402
+
+ACTIVATIONS = {
+    "silu": ActivationSpec(),
+    "alpha": ActivationSpec(alpha=1.3, beta=0.5),
+    "limit": ActivationSpec(limit=0.8),
+    "clamp_after": ActivationSpec(limit=0.4, clamp_after=True),
+    "swigluoai": ActivationSpec(kind="swigluoai"),
+    "softcaps": ActivationSpec(gate_softcap=1.5, up_softcap=0.9),
+    "gelu": ActivationSpec(kind="gelu"),
+    "gelu_tanh": ActivationSpec(kind="gelu_tanh", limit=1.0),
+    "relu": ActivationSpec(kind="relu"),
+    "relu2": ActivationSpec(kind="relu2", beta=1.0),
+}
+path = pytest.mark.parametrize("path", list(TILES))
+
+
+def _check(c, path):
+    y = c.kernel(TILES[path])
+    assert error(y, c.exact()) <= c.bound()
+    return y
+
+
+@path
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations(device, path, name):
+    _check(case(device, tokens=4, activation=ACTIVATIONS[name], bias=True), path)
+
+
+@path
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu2", "limit"])
+def test_ungated(device, path, name):
+    _check(case(device, tokens=4, gate_up="none", activation=ACTIVATIONS[name], bias=True), path)
+
+
+@path
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gate_up", ["concat", "interleaved"])
+def test_layouts_and_strides(device, path, gate_up, transposed):
+    _check(case(device, tokens=4, gate_up=gate_up, transposed=transposed, bias=True), path)
+
+
+@path
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("output", ["summed", "rows"])
+def test_half_precision(device, path, dtype, output):
+    c = case(device, dtype, tokens=4, bias=True, output=output)
+    y = _check(c, path)
+    assert y.dtype == (torch.float32 if output == "summed" else dtype)
+
+
+@path
+def test_rows_are_zero_where_there_is_no_expert(device, path):
+    c = case(device, output="rows", bias=True)
+    y = _check(c, path)
+    assert torch.equal(y[c.topk.ids < 0], torch.zeros_like(y[c.topk.ids < 0]))
+
+
+@path
+def test_input_weighting(device, path):
+    _check(case(device, input_weighting=True, bias=True), path)
+
+
+@path
+def test_scale_and_final_dtype(device, path):
+    c = case(device, torch.float16, scale=2.5)
+    assert torch.equal(c.kernel(TILES[path], FINAL), _check(c, path).half())
+
+
+@path
+@pytest.mark.parametrize(("hidden", "inter"), [(8, 8), (136, 24)])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (3, 4, 4), (20, 1, 2)])
+def test_odd_shapes(device, path, hidden, inter, tokens, top_k, experts):
+    c = case(device, tokens=tokens, top_k=top_k, experts=experts, hidden=hidden, inter=inter, skip=False)
+    _check(c, path)
+
+
+@path
+def test_all_tokens_on_one_expert(device, path):
+    c = case(device, tokens=20, top_k=1, skip=False)
+    c.topk.ids.fill_(3)
+    _check(c, path)
+
+
+@path
+def test_no_expert_at_all(device, path):
+    c = case(device)
+    c.topk.ids.fill_(-1)
+    assert not c.kernel(TILES[path]).any()
+
+
+@pytest.mark.parametrize("output", ["summed", "rows"])
+def test_zero_tokens(device, output):
+    c = case(device, tokens=6, output=output)
+    y = c.kernel(x=c.x[:0], ids=c.topk.ids[:0], topk_weights=c.topk.weights[:0])
+    assert y.shape == ((0, 72) if output == "summed" else (0, 3, 72))
+
+
+@path
+def test_a_bad_token_stays_alone(device, path):
+    """NaN in one token reaches its own row only, through clamps too, and every other row keeps its bits."""
+    c = case(device, activation=ActivationSpec(limit=1.0), skip=False)
+    clean, x = c.kernel(TILES[path]), c.x.clone()
+    x[2] = torch.nan
+    y = c.kernel(TILES[path], x=x)
+    assert y[2].isnan().all()
+    others = [t for t in range(len(x)) if t != 2]
+    assert torch.equal(y[others], clean[others])
+
+
+@path
+def test_same_bits_every_run(device, path):
+    c = case(device, torch.float16, tokens=20)
+    assert torch.equal(c.kernel(TILES[path]), c.kernel(TILES[path]))
+
+
+def test_tokens_with_strides(device):
+    c = case(device)
+    wide = torch.zeros(2 * len(c.x), c.x.shape[1] + 8, device=device)
+    wide[::2, : c.x.shape[1]] = c.x
+    strided = c.kernel(x=wide[::2, : c.x.shape[1]], ids=c.topk.ids.T.contiguous().T, topk_weights=c.topk.weights)
+    assert torch.equal(strided, c.kernel())
+
+
+def _arguments(c):
+    w, ids = c.weights, c.topk.ids
+    return (c.x, ids, c.topk.weights, w.w13, w.w2, None, None, 0, 0, 1.0, 0.0, 2.0, False, None, None, False, 1, 1.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_opcheck(device, tokens):
+    c = case(device, tokens=tokens, skip=False)
+    torch.library.opcheck(triton_experts, _arguments(c))
+
+
+def test_compiles_without_a_break(device):
+    from moerunner.experts import triton as backend
+
+    c = case(device, skip=False)
+
+    def layer(x):
+        return backend.run(x * 2, c.topk, c.weights, c.call) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(c.x), layer(c.x))
