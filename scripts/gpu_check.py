@@ -200,7 +200,9 @@ def captured(dtype: torch.dtype) -> None:
             graph.replay()
         note("graph", torch.equal(y, run("triton", x, topk, tensors, "concat", call)), dtype=str(dtype), tokens=tokens)
 
-        def twice(x, topk=topk, weights=ExpertWeights.of(tensors)):
+        weights = ExpertWeights.of(tensors)
+
+        def twice(x, topk=topk, weights=weights):
             return backend.run(x, topk, weights, call) * 2
 
         note("compile", torch.equal(torch.compile(twice, fullgraph=True)(x), y * 2), dtype=str(dtype), tokens=tokens)
@@ -214,7 +216,8 @@ def runners(dtype: torch.dtype) -> None:
             experts=ExpertsSpec(intermediate_size=32), routed_scaling_factor=1.0, apply_routed_scale_to_output=False,
         ),
         "deepseek": MoESpec(
-            hidden_size=64, num_experts=8, top_k=3, routing=RoutingSpec(score="sigmoid", selection_bias=True, renormalise="sum"),
+            hidden_size=64, num_experts=8, top_k=3,
+            routing=RoutingSpec(score="sigmoid", selection_bias=True, renormalise="sum"),
             experts=ExpertsSpec(intermediate_size=32), shared=SharedSpec(width=48), routed_scaling_factor=16.0,
             apply_routed_scale_to_output=True,
         ),

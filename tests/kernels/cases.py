@@ -18,7 +18,7 @@ from moerunner.values import ExpertWeights, TopK
 _PRODUCT = Product(block_n=32, block_k=32, warps=4, stages=2)
 _WITH_TMA = Product(block_n=32, block_k=32, warps=4, stages=2, tma=True)
 TILES = {
-    "few": Few(Product(16, 64, 4, 1), Product(32, 16, 4, 1)),
+    "few": Few(Product(32, 64, 4, 1), Product(64, 32, 4, 1)),
     "grouped": Grouped(16, _PRODUCT, _PRODUCT),
     "tma": Grouped(16, _WITH_TMA, _WITH_TMA),
 }
@@ -36,7 +36,8 @@ class Case:
         a, w = self.call.activation.resolved(), self.weights
         return run(
             changes.get("x", self.x), changes.get("ids", self.topk.ids), changes.get("topk_weights", self.topk.weights),
-            w.w13, w.w2, w.get("b13"), w.get("b2"), LAYOUTS.index(w.gate_up), KINDS.index(a.kind), 1.0 if a.alpha is None else a.alpha,
+            w.w13, w.w2, w.get("b13"), w.get("b2"), LAYOUTS.index(w.gate_up), KINDS.index(a.kind),
+            1.0 if a.alpha is None else a.alpha,
             a.beta, a.limit, a.clamp_after, a.gate_softcap, a.up_softcap, self.call.input_weighting,
             (SUMMED if self.call.output == "summed" else ROWS) if output is None else output, self.call.scale, tiles,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -40,25 +41,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     results: list[Measured] = []
-    for name in args.shapes:
-        for routing in args.routing:
-            for m in measure(
-                name,
-                SHAPES[name],
-                args.tokens,
-                routing=routing,
-                dtype=getattr(torch, args.dtype),
-                device=device,
-                only=args.only,
-            ):
-                results.append(m)
-                print(line(m), flush=True)
-                if args.json:
-                    args.json.write_text(
-                        json.dumps({"environment": environment(), "results": [r.to_dict() for r in results]}, indent=1)
-                    )
+    for name, routing in itertools.product(args.shapes, args.routing):
+        for m in measure(name, SHAPES[name], args.tokens, routing=routing, dtype=dtype, device=device, only=args.only):
+            results.append(m)
+            print(line(m), flush=True)
+            if args.json:
+                found = {"environment": environment(), "results": [r.to_dict() for r in results]}
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

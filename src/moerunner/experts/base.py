@@ -115,6 +115,12 @@ class Backend(Protocol):
         ...
 
 
+def missing_module(info: BackendInfo) -> str:
+    """Why the backend cannot run at all here; empty when it can."""
+    absent = info.requires and importlib.util.find_spec(info.requires) is None
+    return f"needs {info.requires}, which is not installed" if absent else ""
+
+
 def refusals(info: BackendInfo, request: Request) -> list[str]:
     """Why this backend cannot do what is asked; empty when it can."""
     a = request.activation.resolved()
@@ -124,8 +130,8 @@ def refusals(info: BackendInfo, request: Request) -> list[str]:
     needs |= {n for n in ("limit", "gate_softcap", "up_softcap") if getattr(a, n) is not None}
     needs |= {"clamp_after"} if a.clamp_after else set()
     reasons = []
-    if info.requires and importlib.util.find_spec(info.requires) is None:
-        reasons.append(f"needs {info.requires}, which is not installed")
+    if missing := missing_module(info):
+        reasons.append(missing)
     if request.device not in info.dtypes:
         reasons.append(f"runs on {', '.join(sorted(info.dtypes))}, not on {request.device}")
     elif request.dtype not in info.dtypes[request.device]:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from moerunner.errors import UnsupportedError
-from moerunner.experts.base import Backend, BackendInfo, Request, refusals
+from moerunner.experts.base import Backend, BackendInfo, Request, missing_module, refusals
 
 _BUILT_IN = {
     "eager": "moerunner.experts.eager",
@@ -116,7 +116,10 @@ def available(device: str) -> list[tuple[str, bool, str]]:
     rows = []
     for name in names():
         info: BackendInfo = get(name).INFO
-        if device in info.dtypes:
+        missing = missing_module(info)
+        if missing:
+            rows.append((name, False, missing))
+        elif device in info.dtypes:
             rows.append((name, True, f"{', '.join(sorted(info.dtypes[device]))}"))
         else:
             rows.append((name, False, f"runs on {', '.join(sorted(info.dtypes))}"))

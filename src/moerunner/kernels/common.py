@@ -32,12 +32,23 @@ def follow(PDL: tl.constexpr):
         gdc_wait()
 
 
-def overlap(device: torch.device, *, first: bool = False) -> dict[str, Any]:
-    """Launch arguments for kernels with a `PDL` parameter. first: the kernel follows none of ours and starts plainly."""
-    if INTERPRETING:
-        return {"PDL": False}
-    able = _hopper(device)
-    return {"PDL": able, "launch_pdl": able and not first}
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, warps: int, stages: int = 3, first: bool = False
+) -> None:
+    """Runs a kernel that takes `PDL` last and calls `follow` first. first: it follows none of ours and starts plainly."""
+    pdl = not INTERPRETING and _hopper(device)
+    extra = {"launch_pdl": not first} if pdl else {}
+    kernel[grid](*args, PDL=pdl, num_warps=warps, num_stages=stages, **extra)
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of this size hold so many."""
+    return -(-count // size)
+
+
+def power_of_2(n: int) -> int:
+    """The next one that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def has_tma(device: torch.device) -> bool:
@@ -51,7 +62,7 @@ def _hopper(device: torch.device) -> bool:
 
 
 def computable(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels can compute with it. The interpreter's bfloat16 arithmetic and rounding are wrong: float32 there."""
+    """The tensor as kernels can compute with it: float32 for bfloat16 in the interpreter, whose arithmetic in it is wrong."""
     if tensor is not None and INTERPRETING and tensor.dtype == torch.bfloat16:
         return tensor.float()
     return tensor

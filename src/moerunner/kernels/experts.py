@@ -6,12 +6,11 @@ Shape suffixes: T tokens, K chosen experts, E experts, H hidden, I intermediate.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moerunner.kernels import tiles as tile_choice
-from moerunner.kernels.common import computable, has_tma, overlap
+from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
 from moerunner.kernels.order import order_slots
@@ -101,10 +100,68 @@ def run(
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
-    launch = _few if isinstance(tiles, Few) else _grouped
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
-    out = launch(x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles)
+    call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale)
+    out = _few(*call, tiles) if isinstance(tiles, Few) else _grouped(*call, tiles)
     return out if output == SUMMED else out.to(dtype)
+
+
+def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Few) -> Tensor:
+    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
+    h_SI = x.new_empty(tokens * k, inter)
+    up, dn = tiles.up, tiles.down
+    launch(
+        few_gate_up, (blocks(inter, up.block_n), tokens * k),
+        x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
+        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
+        device=x.device, warps=up.warps, first=True,
+    )  # fmt: skip
+    out = _empty_output(x, ids, w2, output)
+    launch(
+        few_down, (blocks(hidden, dn.block_n), tokens),
+        h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
+        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k,
+        device=x.device, warps=dn.warps,
+    )  # fmt: skip
+    return out
+
+
+def _grouped(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped) -> Tensor:
+    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
+    up, dn, block_m = tiles.up, tiles.down, tiles.block_m
+    precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
+    # Rows are returned as they are, so those without an expert must be zero; a sum does not read them.
+    y_SH = x.new_zeros(tokens * k, hidden) if output == ROWS else x.new_empty(tokens * k, hidden)
+    h_RI = x.new_empty(tokens * k, inter)
+    order = order_slots(ids, experts, block_m)
+    count = order.tiles_4N.shape[1]
+    gated, interleaved = layout != 2, layout == 1
+    up_tma, down_tma = up.tma and _describable(w13), dn.tma and _describable(w2)
+    paired = interleaved or (w13.stride(2) == 1 and not up_tma)
+    launch(
+        gate_up, (count * blocks(inter, up.block_n // 2 if gated else up.block_n),),
+        x, _described(w13, up, halves=gated and not paired) if up_tma else w13,
+        b13, weights, order.slot_R, order.tiles_4N, h_RI, k, hidden, inter, count,
+        *_strides((x, 2), (w13, 3), (b13, 2)), input_weighting, gated, interleaved, paired,
+        *activation, precision, block_m, up.block_n, up.block_k, hidden % up.block_k == 0, up_tma,
+        device=x.device, warps=up.warps, stages=up.stages,
+    )  # fmt: skip
+    launch(
+        down, (count * blocks(hidden, dn.block_n),),
+        h_RI, _described(w2, dn) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH, hidden, inter, count,
+        *_strides((w2, 3), (b2, 2)), output != ROWS and not input_weighting, precision,
+        block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
+        device=x.device, warps=dn.warps, stages=dn.stages,
+    )  # fmt: skip
+    if output == ROWS:
+        return y_SH.view(tokens, k, hidden)
+    out = _empty_output(x, ids, w2, output)
+    block_h = min(2048, power_of_2(hidden))
+    launch(
+        sum_slots, (tokens, blocks(hidden, block_h)), y_SH, ids, out, hidden, experts, scale, k, block_h,
+        device=x.device, warps=max(1, block_h // 256),
+    )  # fmt: skip
+    return out
 
 
 def _describable(w: Tensor) -> bool:
@@ -126,55 +183,3 @@ def _described(w: Tensor, product: Product, *, halves: bool = False) -> TensorDe
 
 def _strides(*tensors: tuple[Tensor | None, int]) -> list[int]:
     return [s for t, n in tensors for s in (t.stride() if t is not None else (0,) * n)]
-
-
-def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Few) -> Tensor:
-    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
-    h_SI = x.new_empty(tokens * k, inter)
-    up, dn = tiles.up, tiles.down
-    few_gate_up[(triton.cdiv(inter, up.block_n), tokens * k)](
-        x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
-        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
-        num_warps=up.warps, **overlap(x.device, first=True),
-    )  # fmt: skip
-    out = _empty_output(x, ids, w2, output)
-    few_down[(triton.cdiv(hidden, dn.block_n), tokens)](
-        h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
-        output != ROWS and not input_weighting, output != ROWS, triton.next_power_of_2(k), dn.block_n, dn.block_k,
-        num_warps=dn.warps, **overlap(x.device),
-    )  # fmt: skip
-    return out
-
-
-def _grouped(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped) -> Tensor:
-    (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
-    up, dn, block_m = tiles.up, tiles.down, tiles.block_m
-    precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
-    y_SH = x.new_zeros(tokens * k, hidden) if output == ROWS else x.new_empty(tokens * k, hidden)
-    h_RI = x.new_empty(tokens * k, inter)
-    order = order_slots(ids, experts, block_m)
-    count = order.tiles_4N.shape[1]
-    gated, interleaved = layout != 2, layout == 1
-    width = up.block_n // 2 if gated else up.block_n
-    up_tma, down_tma = up.tma and _describable(w13), dn.tma and _describable(w2)
-    paired = interleaved or (w13.stride(2) == 1 and not up_tma)
-    gate_up[(count * triton.cdiv(inter, width),)](
-        x, _described(w13, up, halves=gated and not paired) if up_tma else w13, b13, weights, order.slot_R, order.tiles_4N, h_RI, k, hidden, inter, count,
-        *_strides((x, 2), (w13, 3), (b13, 2)), input_weighting, gated, interleaved, paired,
-        *activation, precision, block_m, up.block_n, up.block_k, hidden % up.block_k == 0, up_tma,
-        num_warps=up.warps, num_stages=up.stages, **overlap(x.device),
-    )  # fmt: skip
-    down[(count * triton.cdiv(hidden, dn.block_n),)](
-        h_RI, _described(w2, dn) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH, hidden, inter, count,
-        *_strides((w2, 3), (b2, 2)), output != ROWS and not input_weighting, precision,
-        block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
-        num_warps=dn.warps, num_stages=dn.stages, **overlap(x.device),
-    )  # fmt: skip
-    if output == ROWS:
-        return y_SH.view(tokens, k, hidden)
-    out = _empty_output(x, ids, w2, output)
-    block_h = min(2048, triton.next_power_of_2(hidden))
-    sum_slots[(tokens, triton.cdiv(hidden, block_h))](
-        y_SH, ids, out, hidden, experts, scale, k, block_h, num_warps=max(1, block_h // 256), **overlap(x.device)
-    )
-    return out

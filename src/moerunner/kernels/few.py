@@ -26,8 +26,8 @@ def few_gate_up(
     h_SI,
     K,
     E,
-    H,
-    I,
+    hidden,
+    inter,
     stride_xt,
     stride_xh,
     stride_we,
@@ -56,19 +56,19 @@ def few_gate_up(
     if (expert < 0) | (expert >= E):
         return
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < I
+    inside = column < inter
     safe = tl.where(inside, column, 0).to(tl.int64)
     if GATED:
-        g_row, u_row = (2 * safe, 2 * safe + 1) if INTERLEAVED else (safe, safe + I)
+        g_row, u_row = (2 * safe, 2 * safe + 1) if INTERLEAVED else (safe, safe + inter)
     else:
         g_row, u_row = safe, safe
     w13 += expert * stride_we
     x_TH += (slot // K).to(tl.int64) * stride_xt
     g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, H, BLOCK_K):
+    for start in range(0, hidden, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        rest = k < H
+        rest = k < hidden
         x = tl.load(x_TH + k * stride_xh, mask=rest, other=0.0).to(tl.float32)[None, :]
         at = k.to(tl.int64)[None, :] * stride_wh
         g += x * tl.load(w13 + g_row[:, None] * stride_wn + at, mask=rest[None, :], other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def few_gate_up(
     y = act(g_N, KIND, ALPHA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP)
     if GATED:
         y = gate_by(y, u_N, BETA, LIMIT, UP_SOFTCAP)
-    tl.store(h_SI + slot.to(tl.int64) * I + column, y.to(h_SI.dtype.element_ty), mask=inside)
+    tl.store(h_SI + slot.to(tl.int64) * inter + column, y.to(h_SI.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -98,8 +98,8 @@ def few_down(
     out,
     K,
     E,
-    H,
-    I,
+    hidden,
+    inter,
     scale,
     stride_we,
     stride_wh,
@@ -124,14 +124,14 @@ def few_down(
     expert = tl.load(ids_S + slot, mask=k < K, other=-1).to(tl.int64)
     taken = (expert >= 0) & (expert < E)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < H
+    inside = column < hidden
     w_row = tl.where(inside, column, 0).to(tl.int64)
     w_ptr = w2 + tl.where(taken, expert, 0)[:, None] * stride_we + w_row[None, :] * stride_wh
-    h_ptr = h_SI + slot.to(tl.int64) * I
+    h_ptr = h_SI + slot.to(tl.int64) * inter
     acc = tl.zeros([KP, BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, I, BLOCK_K):
+    for start in range(0, inter, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
-        rest = taken[:, None] & (i < I)[None, :]
+        rest = taken[:, None] & (i < inter)[None, :]
         h = tl.load(h_ptr[:, None] + i[None, :], mask=rest, other=0.0).to(tl.float32)
         at = i.to(tl.int64)[None, None, :] * stride_wi
         acc += h[:, None, :] * tl.load(w_ptr[:, :, None] + at, mask=rest[:, None, :], other=0.0).to(tl.float32)
@@ -143,7 +143,7 @@ def few_down(
         y *= tl.load(weights_S + slot, mask=taken, other=0.0)[:, None]
     if SUMMED:
         total = tl.sum(y, 0) * scale
-        tl.store(out + token.to(tl.int64) * H + column, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + token.to(tl.int64) * hidden + column, total.to(out.dtype.element_ty), mask=inside)
     else:
-        at = slot.to(tl.int64)[:, None] * H + column[None, :]
+        at = slot.to(tl.int64)[:, None] * hidden + column[None, :]
         tl.store(out + at, y.to(out.dtype.element_ty), mask=(k < K)[:, None] & inside[None, :])

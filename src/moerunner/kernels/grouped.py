@@ -43,8 +43,8 @@ def gate_up(
     tiles_4N,
     h_RI,
     K,
-    H,
-    I,
+    hidden,
+    inter,
     N,
     stride_xt,
     stride_xh,
@@ -80,7 +80,7 @@ def gate_up(
     """
     follow(PDL)
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(I, WIDTH), BLOCK_M)
+    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(inter, WIDTH), BLOCK_M)
     if expert < 0:
         return
     row = start_row + tl.arange(0, BLOCK_M)
@@ -98,11 +98,11 @@ def gate_up(
             if PAIRED:
                 w_row = n * BLOCK_N + j
         else:
-            w_row = column + half * I
+            w_row = column + half * inter
     else:
         column = n * BLOCK_N + j
         w_row = column
-    inside = column < I
+    inside = column < inter
     w_row = tl.where(inside, w_row, 0)
 
     k = tl.arange(0, BLOCK_K)
@@ -110,8 +110,8 @@ def gate_up(
     if not TMA:
         w_ptr = w13 + expert.to(tl.int64) * stride_we + k[:, None] * stride_wh + w_row.to(tl.int64)[None, :] * stride_wn
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        rest = k < H - start
+    for start in range(0, hidden, BLOCK_K):
+        rest = k < hidden - start
         if WHOLE:
             a = tl.load(x_ptr, mask=live[:, None], other=0.0)
         else:
@@ -121,7 +121,7 @@ def gate_up(
             if GATED and not PAIRED:
                 b = tl.reshape(w13.load([2 * expert, n * WIDTH, start]), [BLOCK_N, BLOCK_K]).T
             else:
-                b = w13.load([expert * (2 * I if GATED else I) + n * BLOCK_N, start]).T
+                b = w13.load([expert * (2 * inter if GATED else inter) + n * BLOCK_N, start]).T
         else:
             b = tl.load(w_ptr) if WHOLE else tl.load(w_ptr, mask=rest[:, None], other=0.0)
             w_ptr += BLOCK_K * stride_wh
@@ -140,8 +140,8 @@ def gate_up(
     else:
         y = act(acc, KIND, ALPHA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP)
     out = n * WIDTH + tl.arange(0, WIDTH)
-    h_ptr = h_RI + row.to(tl.int64)[:, None] * I + out[None, :]
-    tl.store(h_ptr, y.to(h_RI.dtype.element_ty), mask=live[:, None] & (out < I)[None, :])
+    h_ptr = h_RI + row.to(tl.int64)[:, None] * inter + out[None, :]
+    tl.store(h_ptr, y.to(h_RI.dtype.element_ty), mask=live[:, None] & (out < inter)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -153,8 +153,8 @@ def down(
     slot_R,
     tiles_4N,
     y_SH,
-    H,
-    I,
+    hidden,
+    inter,
     N,
     stride_we,
     stride_wh,
@@ -175,30 +175,30 @@ def down(
     WHOLE: BLOCK_K divides I. TMA: w2 is a tensor descriptor of [E * H, I].
     """
     follow(PDL)
-    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(H, BLOCK_N), BLOCK_M)
+    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(hidden, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
     row = start_row + tl.arange(0, BLOCK_M)
     live = row < end_row
     slot = tl.load(slot_R + row, mask=live, other=0)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < H
+    inside = column < hidden
     w_row = tl.where(inside, column, 0)
 
     k = tl.arange(0, BLOCK_K)
-    h_ptr = h_RI + row.to(tl.int64)[:, None] * I + k[None, :]
+    h_ptr = h_RI + row.to(tl.int64)[:, None] * inter + k[None, :]
     if not TMA:
         w_ptr = w2 + expert.to(tl.int64) * stride_we + k[:, None] * stride_wi + w_row.to(tl.int64)[None, :] * stride_wh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, I, BLOCK_K):
-        rest = k < I - start
+    for start in range(0, inter, BLOCK_K):
+        rest = k < inter - start
         if WHOLE:
             a = tl.load(h_ptr, mask=live[:, None], other=0.0)
         else:
             a = tl.load(h_ptr, mask=live[:, None] & rest[None, :], other=0.0)
         h_ptr += BLOCK_K
         if TMA:
-            b = w2.load([expert * H + n * BLOCK_N, start]).T
+            b = w2.load([expert * hidden + n * BLOCK_N, start]).T
         else:
             b = tl.load(w_ptr) if WHOLE else tl.load(w_ptr, mask=rest[:, None], other=0.0)
             w_ptr += BLOCK_K * stride_wi
@@ -208,7 +208,7 @@ def down(
         acc += tl.load(b2 + expert.to(tl.int64) * stride_be + w_row * stride_bh).to(tl.float32)[None, :]
     if WEIGHTED:
         acc *= tl.load(weights_S + slot, mask=live, other=0.0)[:, None]
-    y_ptr = y_SH + slot.to(tl.int64)[:, None] * H + column[None, :]
+    y_ptr = y_SH + slot.to(tl.int64)[:, None] * hidden + column[None, :]
     tl.store(y_ptr, acc.to(y_SH.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
@@ -217,7 +217,7 @@ def sum_slots(
     y_SH,
     ids_S,
     out_TH,
-    H,
+    hidden,
     E,
     scale,
     K: tl.constexpr,
@@ -228,10 +228,10 @@ def sum_slots(
     follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = column < H
+    inside = column < hidden
     total = tl.zeros([BLOCK_H], tl.float32)
     for k in tl.static_range(K):
         expert = tl.load(ids_S + token * K + k)
         taken = (expert >= 0) & (expert < E)
-        total += tl.load(y_SH + (token * K + k) * H + column, mask=inside & taken, other=0.0).to(tl.float32)
-    tl.store(out_TH + token * H + column, (total * scale).to(out_TH.dtype.element_ty), mask=inside)
+        total += tl.load(y_SH + (token * K + k) * hidden + column, mask=inside & taken, other=0.0).to(tl.float32)
+    tl.store(out_TH + token * hidden + column, (total * scale).to(out_TH.dtype.element_ty), mask=inside)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moerunner.kernels.common import follow, overlap
+from moerunner.kernels.common import blocks, follow, launch, power_of_2
 
 _ONE_LAUNCH = 4096
 """Up to this many slots each is compared with every other, in one launch; beyond, blocks are counted first."""
@@ -49,7 +49,7 @@ def _write_tiles(count, tiles_4N, N, E, BLOCK_M: tl.constexpr, EP: tl.constexpr)
     end = tl.cumsum(count, 0)
     tiles = (count + BLOCK_M - 1) // BLOCK_M
     first = tl.cumsum(tiles, 0) - tiles
-    for j in range(0, tl.max(tiles, 0)):
+    for j in range(tl.max(tiles, 0)):
         at, mine = first + j, j < tiles
         tl.store(tiles_4N + at, e, mask=mine)
         tl.store(tiles_4N + N + at, first, mask=mine)
@@ -156,18 +156,19 @@ def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
     tiles = most_tiles(slots, experts, block_m)
     slot_R = torch.empty(slots, dtype=torch.int32, device=device)
     tiles_4N = torch.empty(4, tiles, dtype=torch.int32, device=device)
-    ep = triton.next_power_of_2(experts + 1)
+    ep = power_of_2(experts + 1)
     if slots <= _ONE_LAUNCH:
-        _order_few[(1 + triton.cdiv(slots, 8),)](
-            ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m, ep, 8, 512, num_warps=8, **overlap(device, first=True)
+        launch(
+            _order_few, (1 + blocks(slots, 8),), ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m, ep, 8, 512,
+            device=device, warps=8, first=True,
         )  # fmt: skip
     else:
         block = 512 if slots <= 131072 else 2048
-        blocks = triton.cdiv(slots, block)
-        count_BE = torch.empty(blocks, ep, dtype=torch.int32, device=device)
-        _count_blocks[(blocks,)](ids_TK, count_BE, slots, experts, ep, block, num_warps=4, **overlap(device, first=True))
-        _place_blocks[(blocks + 1,)](
-            ids_TK, count_BE, slot_R, tiles_4N, slots, experts, tiles, blocks, block_m, ep, block, 8192 // block,
-            num_warps=8, **overlap(device),
+        count = blocks(slots, block)
+        count_BE = torch.empty(count, ep, dtype=torch.int32, device=device)
+        launch(_count_blocks, (count,), ids_TK, count_BE, slots, experts, ep, block, device=device, warps=4, first=True)
+        launch(
+            _place_blocks, (count + 1,), ids_TK, count_BE, slot_R, tiles_4N, slots, experts, tiles, count,
+            block_m, ep, block, 8192 // block, device=device, warps=8,
         )  # fmt: skip
     return Tiled(slot_R, tiles_4N, block_m)

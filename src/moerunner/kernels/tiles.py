@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Product:
-    """Tile of one product: block_n rows of the weight, block_k of the contraction. tma: weights by tensor descriptor if they can."""
+    """Tile of one product: block_n rows of the weight, block_k of the contraction.
+
+    tma: the weight is read through a tensor descriptor where its strides allow it.
+    """
 
     block_n: int
     block_k: int
