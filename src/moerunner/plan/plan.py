@@ -10,7 +10,7 @@ from typing import Any
 
 from moerunner.parallel.layout import Layout
 from moerunner.plan.options import Options
-from moerunner.plan.steps import States, Step, check_complete, check_end, flow, start_states
+from moerunner.plan.steps import States, Step, check_complete, check_end, check_places, flow, start_states
 from moerunner.spec import MoESpec
 from moerunner.values import AXES, Replicate, ValueState
 
@@ -35,6 +35,7 @@ class Plan:
     def __post_init__(self) -> None:
         check_complete(self.steps, self.spec)
         check_end(self.steps, self.states[-1], self.spec, self.wanted, self.layout.split_axes)
+        check_places(self.steps)
 
     @property
     def wanted(self) -> str:

@@ -15,6 +15,35 @@ from moerunner.values import AXES, Partial, Replicate, Shard, ValueState
 
 States = dict[str, ValueState]
 
+# The runner's verbs in the order in which it runs them, each with the value that it changes. What a plan inserts (a reduction,
+# a selection, an early trim) runs with the verb that it stands before, on one of the values named for it in INSERTED.
+ORDER = {
+    "gate": "topk",
+    "route": "topk",
+    "shared": "shared",
+    "zero": "zero",
+    "input_transform": "routed",
+    "pad": "routed",
+    "dispatch": "routed",
+    "experts": "routed",
+    "row_norm": "routed",
+    "combine": "routed",
+    "trim": "routed",
+    "scale": "routed",
+    "output_transform": "routed",
+    "join": "out",
+    "final_transform": "out",
+    "finish": "out",
+}
+INSERTED = {
+    "row_norm": ("routed",),
+    "combine": ("routed",),
+    "output_transform": ("routed",),
+    "join": ("routed", "shared", "zero"),
+    "final_transform": ("out",),
+    "finish": ("out",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -69,6 +98,8 @@ def flow(steps: tuple[Step, ...], spec: MoESpec, start: States) -> list[States]:
     """The states after each step; the first contradiction is a `PlanError` that names both steps."""
     states, after = dict(start), []
     for step in steps:
+        if step.verb not in _EFFECTS:
+            raise PlanError(f"the runner has no verb {step.verb!r}", first="the spec", second=step.name)
         for value in _needs(step):
             if value not in states:
                 raise PlanError(f"reads '{value}', which no step before it makes", first="the input", second=step.name)
@@ -91,6 +122,8 @@ def _needs(step: Step) -> tuple[str, ...]:
         "zero": (step.reads, "topk"),
         "dispatch": ("routed", "topk"),
         "experts": ("routed", "topk"),
+        "combine": ("routed", "topk"),
+        "shard": ("out",),
         "join": ("routed",),
     }.get(step.verb, (step.value,))
 
@@ -103,7 +136,13 @@ def _route(step: Step, states: States, spec: MoESpec) -> States:
 
 
 def _input_transform(step: Step, states: States, spec: MoESpec) -> States:
-    return {"routed": states["tokens"].transform(step.name, step.takes, step.width, linear=step.linear)}
+    return {"routed": _transformed(states["tokens"], step, spec)}
+
+
+def _transformed(x: ValueState, step: Step, spec: MoESpec) -> ValueState:
+    """The facts are the spec's; the step's own are for people."""
+    transform = spec.transforms()[step.verb]
+    return x.transform(step.name, transform.in_features, transform.out_features, linear=transform.linear)
 
 
 def _dispatch(step: Step, states: States, spec: MoESpec) -> States:
@@ -145,9 +184,9 @@ def _combine(step: Step, states: States, spec: MoESpec) -> States:
 def _output_transform(step: Step, states: States, spec: MoESpec) -> States:
     y = states["routed"]
     for fact in ("summed", "scaled"):
-        if not getattr(y, fact) and (fact == "summed" or not step.linear):
+        if not getattr(y, fact) and (fact == "summed" or not spec.transforms()[step.verb].linear):
             raise PlanError(f"transforms a value that has not been {fact}", first=y.maker("made"), second=step.name)
-    return {"routed": y.transform(step.name, step.takes, step.width, linear=step.linear)}
+    return {"routed": _transformed(y, step, spec)}
 
 
 def _shared(step: Step, states: States, spec: MoESpec) -> States:
@@ -170,10 +209,12 @@ def _join(step: Step, states: States, spec: MoESpec) -> States:
         for fact in ("weighted", "summed", "scaled"):
             if not getattr(out, fact):
                 raise PlanError(f"the output has never been {fact}", first=out.maker("made"), second=step.name)
-        return {"out": out}
     for value in ("shared", "zero"):
         if value in states:
             out = out.add(step.name, states[value])
+    if step.axes != out.partial_axes:
+        what = f"counts a bias once over {step.axes}, the value is a partial sum over {out.partial_axes}"
+        raise PlanError(what, first=out.maker(f"placed on {(*out.partial_axes, *step.axes)[0]}"), second=step.name)
     return {"out": out}
 
 
@@ -198,9 +239,7 @@ _EFFECTS: dict[str, Callable[[Step, States, MoESpec], States]] = {
     "reduce": _reduce,
     "select": lambda step, states, spec: {step.value: states[step.value].select(step.name, step.axes)},
     "join": _join,
-    "final_transform": lambda step, states, spec: {
-        "out": states["out"].transform(step.name, step.takes, step.width, linear=step.linear)
-    },
+    "final_transform": lambda step, states, spec: {"out": _transformed(states["out"], step, spec)},
     "shard": lambda step, states, spec: {"out": states["out"].take_shard(step.name, step.axes)},
 }
 
@@ -227,6 +266,21 @@ def check_complete(steps: tuple[Step, ...], spec: MoESpec) -> None:
             raise PlanError("is not part of the layer", first="the spec", second=found[0])
         if len(found) > 1:
             raise PlanError("runs a second time", first=found[0], second=found[1])
+
+
+def check_places(steps: tuple[Step, ...]) -> None:
+    """Every step stands where the runner carries it out: it runs its verbs in one order, whatever the plan's."""
+    verbs, before, reached = list(ORDER), "the input", -1
+    for step in steps:
+        place = step.at or step.verb
+        inserted = place in INSERTED and step.verb in ("reduce", "select", "trim", "shard")
+        allowed = INSERTED[place] if inserted else (ORDER.get(place),) if place == step.verb else ()
+        if step.value not in allowed:
+            raise PlanError(f"changes '{step.value}' at '{place}', where the runner does not", first=before, second=step.name)
+        position = verbs.index(place) - (0.5 if inserted else 0)
+        if position < reached:
+            raise PlanError("stands after a step that the runner carries out later", first=before, second=step.name)
+        before, reached = step.name, position
 
 
 def check_end(steps: tuple[Step, ...], states: States, spec: MoESpec, wanted: str, split: tuple[str, ...]) -> None:
