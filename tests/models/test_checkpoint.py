@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 
@@ -293,7 +294,8 @@ def naming_of(monkeypatch, shapes, *rules):
     model = nn.Module()
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-    monkeypatch.setattr("transformers.conversion_mapping.get_model_conversion_mapping", lambda model, **_: list(rules))
+    table = importlib.import_module("transformers.conversion_mapping")
+    monkeypatch.setattr(table, "get_model_conversion_mapping", lambda model, **_: list(rules))
     model.config = transformers.PreTrainedConfig()
     return Naming(model)
 

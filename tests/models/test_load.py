@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ONE_PER_FAMILY, build, prompt, relative
 
 from moerunner import CheckpointError, Layout, SpecError, UnsupportedError
-from moerunner.models import load, load_weights, unpatch
+from moerunner.models import load, load_weights, names, unpatch
 from moerunner.models.load import load_weights as the_same
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -188,6 +188,21 @@ def test_a_checkpoint_keeps_its_own_dtype(folder):
 def test_the_dtype_of_the_files_does_not_have_to_be_that_of_the_model(saved, folder):
     edit_tensors(folder, lambda ts: ts.update({k: t.double() for k, t in ts.items()}))
     assert_same(load(folder, dtype=torch.float32), load(saved[1]))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-groups", "granitemoeshared", "mixtral-top2"])
+def test_conversions_that_only_transformers_knows_give_the_same(name, tmp_path, monkeypatch):
+    model = make(name)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    wanted = load(tmp_path)
+    monkeypatch.setattr(names, "_VERBS", {})
+    loaded = load(tmp_path)
+    assert_same(loaded, wanted)
+    with torch.no_grad():
+        for tensor in loaded.state_dict().values():
+            tensor.fill_(3)
+    load_weights(loaded, SOURCES["backwards"](tmp_path, None))
+    assert_same(loaded, wanted)
 
 
 def test_no_number_is_left_as_the_allocator_gave_it(sharded):
@@ -437,6 +452,29 @@ def test_json_that_is_none(folder, text, file):
 def test_a_config_that_describes_no_model(folder, change):
     edit_config(folder, **change)
     with pytest.raises(CheckpointError, match=r"config\.json|do not fit the model"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "what"),
+    [
+        (ImportError("no module named scipy"), UnsupportedError, r"config\.json: asks for a package .* scipy"),
+        (
+            ZeroDivisionError("a\nb"),
+            CheckpointError,
+            r"config\.json: describes no model that can be made: ZeroDivisionError: a b",
+        ),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "full"),
+    ],
+)
+def test_whatever_transformers_raises_for_a_config_is_told_in_one_line(folder, monkeypatch, reason, kind, what):
+    from transformers import AutoModelForCausalLM
+
+    def fail(*args, **kwargs):
+        raise reason
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(kind, match=what):
         load(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable
@@ -38,8 +39,11 @@ def read_recipe(path: Path) -> Recipe:
         CheckpointError: the folder or its config is absent, damaged or impossible.
         UnsupportedError: Transformers does not know the model, or the weights are quantised.
     """
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        step = "pip install 'moerunner[hf]'"
+        raise UnsupportedError("Transformers is not installed", where="moerunner.load", next_step=step) from error
     check_folder(path)
     file = path / CONFIG
     raw = read_json(file, next_step="Give the folder that save_pretrained wrote, or a model's repository")
@@ -99,6 +103,8 @@ def check_folder(path: Path) -> None:
         if not path.is_dir():
             what = "is not a folder" if path.exists() else "does not exist"
             raise CheckpointError(what, where=str(path), next_step=f"Give the folder that holds {CONFIG}")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise CheckpointError("may not be read", where=str(path), next_step="Change its permissions")
         if not any(path.iterdir()):
             raise CheckpointError("is an empty folder", where=str(path), next_step=f"Expected {CONFIG} and *.safetensors in it")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -121,8 +127,10 @@ def guarded(make: Callable[[], _T], file: Path, fault: str = "describes no model
     """Calls Transformers with what a config says. For values that it does not expect it may raise anything."""
     try:
         return make()
-    except MoEError:
+    except (MoEError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise UnsupportedError(f"asks for a package that is not installed: {one_line(error)}", where=str(file)) from error
     except Exception as error:
         raise CheckpointError(f"{fault}: {type(error).__name__}: {one_line(error)}", where=str(file)) from error
 

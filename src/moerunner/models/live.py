@@ -30,7 +30,7 @@ class Live:
                 kind = "without data" if tensor.is_meta else f"a {type(tensor).__name__}"
                 raise UnsupportedError(f"is {kind}; only plain tensors can be given new weights", where=name)
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-        self.device = next(iter(self._tensors.values())).device
+        self.device = next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
         self._first: dict[int, str] = {}
         self._second: list[tuple[str, str, Tensor]] = []
 

@@ -58,11 +58,12 @@ def load(
     path, device = Path(path), _device(device)
     recipe = read_recipe(path)
     stored = read_tensors(path)
-    model = _skeleton(recipe, _dtype(dtype, recipe, stored), path, len(stored))
+    dtype = _dtype(dtype, recipe, stored)
+    model = _skeleton(recipe, dtype, path, len(stored))
     naming = Naming(model)
     arranged = naming.arrange({name: tensor.shape for name, tensor in stored.items()})
     check(arranged, str(path))
-    held_as = _dtypes(naming, arranged, model)
+    held_as = _dtypes(naming, arranged, dtype)
     _check_kinds(stored, arranged, held_as)
 
     def place(name: str) -> Tensor:
@@ -96,6 +97,7 @@ def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tens
             show is seen before the model is touched; after that, it is left with some weights old and some new.
         UnsupportedError: a tensor of the model is not a plain one (sharded, quantised, without data).
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     naming, live = Naming(model), Live(model)
     filling = Filling(naming, live.place)
     if isinstance(source, str | Path):
@@ -147,11 +149,11 @@ def _dtype(given: torch.dtype | None, recipe: Recipe, stored: Mapping[str, Store
 def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int) -> Any:
     """The model without data. Everything that its config can make fail fails here, before weights are read."""
     file = path / CONFIG
-    layers = getattr(recipe.config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:
-        raise CheckpointError(f"asks for {layers} layers, the files hold {tensors} tensors", where=str(file))
 
     def make() -> Any:
+        layers = getattr(recipe.config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > tensors:  # a wrong digit must not take hours
+            raise CheckpointError(f"asks for {layers} layers, the files hold {tensors} tensors", where=str(file))
         with torch.device("meta"):
             return recipe.auto_class.from_config(recipe.config, dtype=dtype)
 
@@ -182,23 +184,23 @@ def _generation_config(model: Any, path: Path) -> None:
     )
 
 
-def _dtypes(naming: Naming, arranged: Arrangement, model: Any) -> dict[str, torch.dtype]:
+def _dtypes(naming: Naming, arranged: Arrangement, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What each tensor is held as: as the model is made, except what it wants in float32, and correction biases."""
-    kept = model._get_dtype_plan(model.dtype)
+    kept = naming.model._get_dtype_plan(dtype)
     in_float32 = re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in kept) or r"(?!)")
     biases = {
         f"{site.name}.{as_view(site.family.weights['selection_bias']).path}"
-        for site in sites(model)
+        for site in sites(naming.model)
         if site.family is not None and "selection_bias" in site.family.weights
     }
     found = {}
     for name, leader in arranged.led_by.items():
-        dtype = naming.wanted[leader].dtype
-        if dtype.is_floating_point and (name in biases or _SELECTION_BIAS.search(name)):
-            dtype = torch.promote_types(dtype, torch.float32)
-        elif dtype.is_floating_point and in_float32.search(leader):
-            dtype = torch.float32
-        found[name] = dtype
+        held = naming.wanted[leader].dtype
+        if held.is_floating_point and (name in biases or _SELECTION_BIAS.search(name)):
+            held = torch.promote_types(held, torch.float32)
+        elif held.is_floating_point and in_float32.search(leader):
+            held = torch.float32
+        found[name] = held
     return found
 
 

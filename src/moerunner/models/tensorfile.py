@@ -111,7 +111,7 @@ class Reader:
 
     def __init__(self, step: Callable[[int], None], *, pinned: bool = False) -> None:
         self._step = step
-        self._piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned)
+        self._piece = torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._file: FileIO | None = None
         self._path: Path | None = None
 
@@ -129,7 +129,7 @@ class Reader:
 
     def all(self, tensor: Stored) -> Tensor:
         """The whole tensor in memory of its own."""
-        values = torch.empty(tensor.shape, dtype=tensor.dtype)
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         self.read(tensor, tensor.start, values)
         return values
 
