@@ -155,7 +155,7 @@ def _experts(step: Step, states: States, spec: MoESpec) -> States:
     for axis in step.axes:
         if topk.at(axis) != y.at(axis):
             raise PlanError(
-                f"tokens are {y.at(axis)} over {axis} and their routing is {topk.at(axis)}",
+                f"tokens are {y.at(axis)!r} over {axis} and their routing is {topk.at(axis)!r}",
                 first=topk.maker(f"placed on {axis}"),
                 second=step.name,
             )
@@ -299,7 +299,7 @@ def check_end(steps: tuple[Step, ...], states: States, spec: MoESpec, wanted: st
         expected = {"replicate": states["tokens"].at(axis), "partial": Partial(), "shard": Shard(0)}[wanted]
         if got != expected:
             raise PlanError(
-                f"returns a value that is {got} over {axis}, asked for is {expected}",
+                f"returns a value that is {got!r} over {axis}, asked for is {expected!r}",
                 first=out.maker(f"placed on {axis}"),
                 second=last,
             )

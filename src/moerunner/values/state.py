@@ -108,19 +108,19 @@ class ValueState:
         """The step computes one rank's share of a sum over these axes, from a value that is whole on them."""
         for axis in axes:
             if self.at(axis) != Replicate():
-                self._refuse(step, f"placed on {axis}", f"needs the whole value on {axis}, it is {self.at(axis)}")
+                self._refuse(step, f"placed on {axis}", f"needs the whole value on {axis}, it is {self.at(axis)!r}")
         return self._place(step, axes, Partial())
 
     def gather(self, step: str, axes: tuple[str, ...]) -> ValueState:
         for axis in axes:
             if self.at(axis) != Shard(0):
-                self._refuse(step, f"placed on {axis}", f"gathers tokens over {axis}, the value is {self.at(axis)}")
+                self._refuse(step, f"placed on {axis}", f"gathers tokens over {axis}, the value is {self.at(axis)!r}")
         return self._place(step, axes, Replicate())
 
     def reduce(self, step: str, axes: tuple[str, ...], *, scatter: bool = False) -> ValueState:
         for axis in axes:
             if not self.at(axis).is_partial():
-                self._refuse(step, f"placed on {axis}", f"reduces over {axis} a value that is {self.at(axis)} there")
+                self._refuse(step, f"placed on {axis}", f"reduces over {axis} a value that is {self.at(axis)!r} there")
         return self._place(step, axes, Shard(0) if scatter else Replicate())
 
     def select(self, step: str, axes: tuple[str, ...]) -> ValueState:
@@ -131,7 +131,7 @@ class ValueState:
         """Each rank keeps its own tokens of a replicated value."""
         for axis in axes:
             if self.at(axis) != Replicate():
-                self._refuse(step, f"placed on {axis}", f"takes its tokens over {axis} of a value that is {self.at(axis)}")
+                self._refuse(step, f"placed on {axis}", f"takes its tokens over {axis} of a value that is {self.at(axis)!r}")
         return self._place(step, axes, Shard(0))
 
     def add(self, step: str, other: ValueState) -> ValueState:
@@ -146,5 +146,5 @@ class ValueState:
         for axis in AXES:
             if self.at(axis) != other.at(axis):
                 maker = other if other.at(axis) != Replicate() else self
-                maker._refuse(step, f"placed on {axis}", f"adds {self.at(axis)} and {other.at(axis)} over {axis}")
+                maker._refuse(step, f"placed on {axis}", f"adds {self.at(axis)!r} and {other.at(axis)!r} over {axis}")
         return self._set(step, ("joined",))
