@@ -389,6 +389,14 @@ def test_B16_a_bias_counts_once_on_any_number_of_ranks(layout, backend):
     check(spec, weights, tokens(13), layout=LAYOUTS[layout], options=Options(backend=backend))
 
 
+@pytest.mark.parametrize("axes", [(), ("ep",), ("ep", "tp")])
+def test_B16_a_bias_that_counts_on_other_ranks_than_the_sum_is_over_cannot_be_built(axes):
+    plan = plan_of(Layout(tp=2), output_bias=True)
+    steps = tuple(dataclasses.replace(s, axes=axes) if s.verb == "join" else s for s in plan.steps)
+    with pytest.raises(PlanError, match="counts a bias once over"):
+        dataclasses.replace(plan, steps=steps)
+
+
 def test_B16_nor_is_it_lost_before_a_norm_of_each_row():
     spec = make_spec(experts={"bias": True, "row_norm": RMSNorm(features=HIDDEN)})
     weights = make_weights(spec)

@@ -557,3 +557,17 @@ def test_a_plan_that_is_not_the_whole_layer_cannot_be_built():
     norm = Step(verb="output_transform", takes=HIDDEN, width=HIDDEN, at="output_transform")
     with pytest.raises(PlanError, match="is not part of the layer"):
         dataclasses.replace(plan, steps=(*plan.steps[:-1], norm, plan.steps[-1]))
+
+
+def test_a_step_where_the_runner_does_not_carry_it_out_cannot_be_built():
+    spec = make_spec(factor=2.5, on_output=True, shared=SHARED)
+    plan = MoERunner(spec, make_weights(spec)).plan
+    with pytest.raises(PlanError, match="no verb 'residual'"):
+        dataclasses.replace(plan, steps=(*plan.steps, Step(verb="residual", value="out")))
+    elsewhere = [dataclasses.replace(s, at="final_transform") if s.verb == "scale" else s for s in plan.steps]
+    with pytest.raises(PlanError, match="changes 'routed' at 'final_transform'"):
+        dataclasses.replace(plan, steps=tuple(elsewhere))
+    late = sorted(plan.steps, key=lambda s: {"shared": 1, "scale": 2, "join": 3}.get(s.verb, 0))  # shared behind combine
+    with pytest.raises(PlanError, match="carries out later") as caught:
+        dataclasses.replace(plan, steps=tuple(late))
+    assert caught.value.second == "shared"
