@@ -19,7 +19,8 @@ def activate(h: Tensor, activation: ActivationSpec, *, gate_up: str) -> Tensor:
     if gate_up == "none":
         return gated(h, None, activation)
     if gate_up == "concat":
-        return gated(*h.chunk(2, dim=-1), activation)
+        gate, up = h.chunk(2, dim=-1)
+        return gated(gate, up, activation)
     return gated(h[..., 0::2], h[..., 1::2], activation)
 
 

@@ -151,7 +151,7 @@ class LayerWeights:
         """
         given = dict(weights)
         experts = given.pop("experts", None)
-        functions = {k: v for k, v in given.items() if not isinstance(v, Tensor) and callable(v)}
+        functions: dict[str, Any] = {k: v for k, v in given.items() if not isinstance(v, Tensor) and callable(v)}
         tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         odd = {k: v for k, v in given.items() if k not in functions and k not in tensors}
         shapes = spec.weight_shapes(vocab_size=_rows(given.get("hash_table")))
