@@ -44,9 +44,8 @@ def run(
     from moerunner.models import load
 
     screen = Screen(quiet=json)
-    with screen.progress(f"loading {path}"):
-        model = load(path, dtype=torch_dtype(dtype), device=torch_device(device))
-        tokenizer = load_tokenizer(path)
+    model = load(path, dtype=torch_dtype(dtype), device=torch_device(device))  # draws a bar of its own
+    tokenizer = load_tokenizer(path)
     made = generate(
         model,
         tokenizer,
