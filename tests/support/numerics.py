@@ -44,18 +44,28 @@ def assert_close(y: Tensor, reference: Tensor, limit: float = FLOAT32_BOUND, wha
     assert error <= limit, f"{what} relative error {error:.3g} (RMS {rms:.3g}) is above {limit:.3g}"
 
 
+def row_errors(y: Tensor, reference: Tensor) -> Tensor:
+    """|y - ref| / |ref| of each row that is not zero, by Euclidean norm."""
+    y, reference = (t.double().reshape(-1, t.shape[-1]) for t in (y, reference))
+    size = reference.norm(dim=1)
+    return ((y - reference).norm(dim=1) / size)[size > 0]
+
+
 def assert_as_good_as_plain(y: Tensor, plain: Tensor, reference: Tensor) -> None:
     """Error <= 2x plain PyTorch's in the same dtype + 1e-6, by largest value.
 
-    The largest of a few hundred errors is a matter of luck: in bfloat16 about 1 in 300 right layers of width 8 is above that
-    bound, with an RMS error that is at most 1.4x plain's. Then RMS decides: at most 1.5x, and the largest at most 4x.
+    The largest of a few hundred errors is a matter of luck: in narrow random layers one large intermediate value may decide it,
+    and in bfloat16 about 1 in 300 right layers is above that bound. Then all rows decide, each by its own size: at most 1.5x
+    plain's mean error and 3x its largest.
     """
     assert y.dtype == plain.dtype
     error, yard = relative_error(y, reference), relative_error(plain, reference)
     if error <= bound(yard):
         return
-    rms, rms_yard = rms_error(y, reference), rms_error(plain, reference)
-    text = f"{y.dtype}: error {error:.3g} (RMS {rms:.3g}), plain PyTorch's {yard:.3g} (RMS {rms_yard:.3g})"
+    text = f"{y.dtype}: error {error:.3g}, plain PyTorch's {yard:.3g}"
     assert y.dtype != torch.float32, text
-    assert error <= 4 * yard, text
-    assert rms <= 1.5 * rms_yard, text
+    assert torch.isfinite(y).all(), text
+    rows, rows_yard = row_errors(y, reference), row_errors(plain, reference)
+    text += f"; by row {rows.mean():.3g} (largest {rows.max():.3g}) and {rows_yard.mean():.3g} ({rows_yard.max():.3g})"
+    assert rows.mean() <= 1.5 * rows_yard.mean(), text
+    assert rows.max() <= 3 * rows_yard.max(), text

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from moerunner import LayerWeights, Layout, MoERunner, MoESpec, Options, Plan
 from moerunner.execute import Verbs
+from moerunner.experts.registry import available
 from moerunner.ops.reference import reference
 from moerunner.parallel.comm import simulate
+
+CPU_BACKENDS = [name for name, runs, _ in available("cpu") if runs]
 
 
 @dataclass(frozen=True)
