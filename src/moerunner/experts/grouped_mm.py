@@ -42,7 +42,8 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
     b13, b2 = weights.get("b13"), weights.get("b2") if call.down_bias else None
     x_RH = take_rows(x_TH, order.token_R)
     if call.input_weighting:
-        x_RH = (x_RH * topk.weights.reshape(-1)[order.slot_R, None].to(x_RH.dtype)).to(x_TH.dtype)
+        w_R1 = torch.where(slot_valid_R1, topk.weights.reshape(-1)[order.slot_R, None], 0)  # 0 * NaN would be x's gradient
+        x_RH = (x_RH * w_R1.to(x_RH.dtype)).to(x_TH.dtype)
     if torch.is_grad_enabled():
         x_RH = torch.where(slot_valid_R1, x_RH, 0)
     h_RI = grouped_mm(x_RH, weights.w13.to(x_TH.dtype).transpose(1, 2), offs=ends)
