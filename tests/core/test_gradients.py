@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tests.support.numerics import relative_error
+from tests.support.plain import plain_layer, plain_route
+from tests.support.running import CPU_BACKENDS
+from tests.support.strategies import SEEDS, Storage, make_tokens, make_weights, replayed, specs
 
 from moerunner import (
     ActivationSpec,
     ExpertsSpec,
     GroupSpec,
+    LayerWeights,
     Layout,
     Linear,
     MoERunner,
@@ -27,7 +33,8 @@ from moerunner import (
     UnsupportedError,
     fused_experts,
 )
-from moerunner.experts import eager, registry
+from moerunner.experts import eager, grouped_mm, registry
+from moerunner.ops.reference import reference_route
 from moerunner.parallel.comm import simulate
 
 NORM = TransformSpec((Linear(in_features=8, out_features=8), RMSNorm(features=8)))
@@ -168,3 +175,108 @@ def test_replayed_weights_get_a_gradient() -> None:
     assert given.grad is not None
     assert given.grad[:2].abs().min() > 0
     assert given.grad[2, 1] == 0
+
+
+# ---- every weight of any layer
+
+
+def leaves(weights: LayerWeights, dtype: torch.dtype) -> tuple[LayerWeights, list[torch.Tensor]]:
+    """The weights in this dtype as leaves that require a gradient, and these leaves."""
+    found: list[torch.Tensor] = []
+
+    def leaf(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        found.append(tensor.detach().to(dtype, copy=True).as_strided(tensor.shape, tensor.stride()).requires_grad_())
+        return found[-1]
+
+    return weights.map(leaf), found
+
+
+def gradients(y: torch.Tensor, given: list[torch.Tensor], out: torch.Tensor) -> list[torch.Tensor]:
+    got = torch.autograd.grad(y, given, out.to(y.dtype), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(given, got, strict=True)]
+
+
+@settings(max_examples=60)
+@given(specs(), SEEDS, st.sampled_from(["concat", "interleaved"]), st.sampled_from(CPU_BACKENDS))
+def test_every_weight_of_any_layer_against_plain_autograd(spec: MoESpec, seed: int, gate_up: Any, backend: str) -> None:
+    base = make_weights(spec, seed, storage=Storage(gate_up=gate_up))
+    tokens = make_tokens(spec, seed + 1, 6)
+    routed = replayed(spec, base, tokens).inputs["topk"]
+    assume(all(c.margin > 1e-3 for c in reference_route(spec, base, tokens.x, **tokens.inputs)))
+    try:
+        MoERunner(spec, base, options=Options(backend=backend, grad=True))
+    except UnsupportedError:
+        return
+    out = torch.randn(6, spec.hidden_size)
+
+    def ours() -> list[torch.Tensor]:
+        weights, given = leaves(base, torch.float32)
+        x = tokens.x.clone().requires_grad_()
+        runner = MoERunner(spec, lambda: weights, options=Options(backend=backend))
+        return gradients(runner(x, **tokens.inputs), [x, *given], out)
+
+    def by_hand(dtype: torch.dtype) -> list[torch.Tensor]:
+        weights, given = leaves(base, dtype)
+        x = tokens.x.to(dtype).requires_grad_()
+        if "topk" in tokens.inputs:
+            ids, w, shared = routed.ids, torch.where(routed.ids < 0, 0, routed.weights).to(dtype), None
+        else:
+            ids, w, shared = plain_route(spec, weights, x, **tokens.inputs, dtype=dtype)
+        return gradients(plain_layer(spec, weights, x, ids, w, shared), [x, *given], out)
+
+    exact, narrow = by_hand(torch.float64), by_hand(torch.float32)
+    for got, wanted, yard in zip(ours(), exact, narrow, strict=True):
+        allowed = max(5e-6, 2 * relative_error(yard, wanted) + 1e-6)
+        if float(wanted.abs().max()) > 1e-6 * float(exact[0].abs().max()):
+            assert relative_error(got, wanted) <= allowed
+        else:
+            assert float(got.abs().max()) <= 1e-5 * float(exact[0].abs().max())
+
+
+class Poisoned(torch.autograd.Function):
+    """`grouped_mm` with NaN in every row that it leaves undefined, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, offs)
+        y = F.grouped_mm(x, weight, offs=offs).clone()
+        y[int(offs[-1]) :] = torch.nan
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, offs = ctx.saved_tensors
+        with torch.enable_grad():
+            x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            gx, gw = torch.autograd.grad(F.grouped_mm(x, weight, offs=offs), (x, weight), grads[0])
+        gx = gx.clone()
+        gx[int(offs[-1]) :] = torch.nan
+        return gx, gw, None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["plain", "zero experts", "weights on input"])
+def test_undefined_rows_of_the_grouped_product_reach_no_gradient(monkeypatch: Any, name: str, bias: bool) -> None:
+    """Rows behind the last expert's end: slots with id -1, and slots of zero experts, whose weights the router made."""
+    bias = bias and name != "weights on input"
+    spec = dataclasses.replace(SPECS[name], experts=ExpertsSpec(intermediate_size=4, bias=bias))
+    weights, tokens = make_weights(spec, 1), make_tokens(spec, 2, 6)
+    ids, w = torch.tensor([[0, -1], [-1, -1], [1, 2]] * 2), torch.rand(6, 2)
+    top = TopK(ids, torch.where(ids < 0, torch.nan, w))
+
+    def run() -> list[torch.Tensor]:
+        own, given = leaves(weights, torch.float32)
+        x = tokens.x.clone().requires_grad_()
+        runner = MoERunner(spec, lambda: own, options=Options(backend="grouped_mm"))
+        chosen = TopK(top.ids, top.weights.clone().requires_grad_())
+        total = runner(x).sum() + runner(x, topk=chosen).sum()
+        return [total, *gradients(total, [x, chosen.weights, *given], torch.ones(()))]
+
+    clean = run()
+    assert torch.isfinite(torch.cat([t.flatten() for t in clean])).all()
+    monkeypatch.setattr(grouped_mm, "grouped_mm", lambda x, weight, offs: Poisoned.apply(x, weight, offs))
+    for got, wanted in zip(run(), clean, strict=True):
+        assert torch.isfinite(got).all()
+        assert torch.equal(got, wanted)
