@@ -93,9 +93,8 @@ def test_ranks_agree_on_the_fingerprint(all_plans):
 
 def fingerprint(spec: MoESpec = SPEC, layout: Layout | None = None, dtype: torch.dtype = torch.float32, **options) -> str:
     weights = make_weights(spec, 0, dtype)
-    return simulate(layout or Layout(tp=2), lambda bound: MoERunner(spec, weights, bound, Options(**options)).plan.fingerprint)[
-        0
-    ]
+    place = layout or Layout(tp=2)
+    return simulate(place, lambda bound: MoERunner(spec, weights, bound, Options(**options)).plan.fingerprint)[0]
 
 
 def test_what_ranks_must_agree_on_is_in_the_fingerprint():
