@@ -37,6 +37,7 @@ from moerunner import (
 )
 from moerunner.ops.reference import reference
 from moerunner.parallel.comm import simulate
+from moerunner.parallel.pairs import pack, unpack
 
 LINEAR = TransformSpec((Linear(in_features=8, out_features=16),))
 NORMED = TransformSpec((RMSNorm(features=8), Linear(in_features=8, out_features=16)))
@@ -247,3 +248,11 @@ def test_float16_sums_beyond_its_range_are_right(axes, shared):
     answers = run(spec, weights, layout, Options(), tokens)
     for answer in answers:
         assert_close(answer.y, wanted, 1e-3)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_travels_arrives(rows: int, dtype: torch.dtype) -> None:
+    x, ids, weights = torch.randn(rows, 5).to(dtype), torch.randint(-1, 9, (rows, 3)), torch.rand(rows, 3)
+    got = unpack(pack(x, ids, weights), x, weights)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, (x, ids, weights), strict=True))

@@ -108,7 +108,7 @@ def unpack(packed: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _view(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bytes. Without rows, strides and offsets may be such that PyTorch refuses the view."""
+    """The same bytes, copied: a slice of few rows may start where PyTorch refuses the view, and without rows any may."""
     if rows.shape[0]:
-        return rows.contiguous().view(dtype)
+        return rows.clone(memory_format=torch.contiguous_format).view(dtype)
     return rows.new_empty(0, rows.shape[1] * rows.element_size() // dtype.itemsize, dtype=dtype)
