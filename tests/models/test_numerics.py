@@ -4,15 +4,20 @@ import copy
 
 import pytest
 import torch
-from tiny import CASES, ONE_PER_FAMILY, blocks, build, prompt, relative, run_and_watch
+from tiny import CASES, FIRST, ONE_PER_FAMILY, SLOW, blocks, build, prompt, relative, run_and_watch
 
 from moerunner.models import patch, runners, unpatch
 from moerunner.ops.reference import reference
 from moerunner.ops.route import gate_logits
 from moerunner.values import TopK
 
+slow = pytest.mark.slow
+EVERY = [pytest.param(case, marks=slow) if case in SLOW else case for case in CASES]
+GRADIENTS = [*ONE_PER_FAMILY, *FIRST.values()]
+RUNS = [*ONE_PER_FAMILY, *(pytest.param(case, marks=slow) for case in FIRST.values())]
 
-@pytest.fixture(params=CASES)
+
+@pytest.fixture(params=EVERY)
 def case(request):
     return request.param
 
@@ -23,6 +28,7 @@ def test_float32_logits_equal_those_of_transformers(case):
     report = patch(model)
     assert [r.name for r in report.replaced] == list(blocks(model))
     assert not report.skipped
+    assert not any(r.copied_bytes for r in report.replaced)
     with torch.no_grad():
         assert relative(model(ids).logits, expected) <= 1e-5
 
@@ -69,7 +75,7 @@ def test_the_gate_rounds_where_transformers_rounds(case):
         assert relative(ours, logits) <= 1e-6, name
 
 
-@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+@pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_of_every_parameter_equal_those_of_transformers(case):
     plain = build(case).train()
     patched = copy.deepcopy(plain)
@@ -88,7 +94,7 @@ def test_gradients_of_every_parameter_equal_those_of_transformers(case):
             assert relative(parameter.grad, wanted) <= 2e-5, name
 
 
-@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+@pytest.mark.parametrize("case", RUNS)
 def test_greedy_generation_gives_the_same_tokens(case):
     model = build(case)
     wanted = model.generate(prompt(1, 8), max_new_tokens=12, do_sample=False)
@@ -97,7 +103,7 @@ def test_greedy_generation_gives_the_same_tokens(case):
     assert got.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+@pytest.mark.parametrize("case", RUNS)
 def test_one_token_alone_and_no_token_at_all(case):
     model = build(case)
     patch(model)

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from moerunner.errors import SpecError, UnsupportedError
-from moerunner.models.entry import Family, Keys, Router, activation, groups, hf, renormalised
+from moerunner.models.entry import Family, Keys, Router, View, activation, groups, hf, renormalised
 from moerunner.spec import ExpertsSpec, MoESpec, RoutingSpec, SharedSpec
 
 _EXPERTS = {"gate": "gate.weight", "w13": "experts.gate_up_proj", "w2": "experts.down_proj"}
@@ -19,6 +19,20 @@ _SHARED = {
     "shared_gate_proj": "shared_experts.gate_proj.weight",
     "shared_up_proj": "shared_experts.up_proj.weight",
     "shared_w2": "shared_experts.down_proj.weight",
+}
+_GATED_SHARED = {
+    "shared_gate_proj": "shared_expert.gate_proj.weight",
+    "shared_up_proj": "shared_expert.up_proj.weight",
+    "shared_w2": "shared_expert.down_proj.weight",
+    "shared_gate": "shared_expert_gate.weight",
+}
+_CORRECTED = _EXPERTS | _SHARED | {"selection_bias": "gate.e_score_correction_bias"}
+_AT_ROUTER = _EXPERTS | {"gate": "router.weight"}
+_HOLDS_NORM = {"gate.top_k": "num_experts_per_tok", "gate.norm_topk_prob": "norm_topk_prob"}
+_HOLDS_GROUPS = _HOLDS_NORM | {
+    "gate.routed_scaling_factor": "routed_scaling_factor",
+    "gate.num_group": "n_group",
+    "gate.topk_group": "topk_group",
 }
 _PLACEMENT = "which layers are MoE; blocks are found by their class"
 
@@ -34,15 +48,31 @@ def _mixtral(c: Keys) -> MoESpec:
     )
 
 
-def _qwen3_moe(c: Keys) -> MoESpec:
+def _softmax(c: Keys, width: str, shared: SharedSpec | None = None, *, apply_routed_scale_to_output: bool) -> MoESpec:
+    """Softmax of logits in the model's dtype, as in OLMoE and Qwen. width: the key of the experts' intermediate size."""
     return MoESpec(
         hidden_size=c("hidden_size"),
         num_experts=c("num_experts"),
         top_k=c("num_experts_per_tok"),
         routing=RoutingSpec(score="softmax", logits_dtype="model", **renormalised(c("norm_topk_prob"))),
-        experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
-        apply_routed_scale_to_output=False,
+        experts=ExpertsSpec(intermediate_size=c(width), activation=activation(c("hidden_act"))),
+        shared=shared,
+        apply_routed_scale_to_output=apply_routed_scale_to_output,
     )
+
+
+def _olmoe(c: Keys) -> MoESpec:
+    return _softmax(c, "intermediate_size", apply_routed_scale_to_output=False)
+
+
+def _qwen3_moe(c: Keys) -> MoESpec:
+    return _softmax(c, "moe_intermediate_size", apply_routed_scale_to_output=False)
+
+
+def _qwen2_moe(c: Keys) -> MoESpec:
+    width = c("shared_expert_intermediate_size")
+    shared = SharedSpec(width=width, gate="sigmoid", activation=activation(c("hidden_act")))
+    return _softmax(c, "moe_intermediate_size", shared, apply_routed_scale_to_output=False)
 
 
 def _deepseek_v2(c: Keys) -> MoESpec:
@@ -64,10 +94,11 @@ def _deepseek_v2(c: Keys) -> MoESpec:
     )
 
 
-def _deepseek_v3(c: Keys) -> MoESpec:
+def _grouped_sigmoid(c: Keys, experts: str, shared: str, *, apply_routed_scale_to_output: bool) -> MoESpec:
+    """DeepSeek-V3's routing, which many families took over under other keys for the number of routed and shared experts."""
     return MoESpec(
         hidden_size=c("hidden_size"),
-        num_experts=c("n_routed_experts"),
+        num_experts=c(experts),
         top_k=c("num_experts_per_tok"),
         routing=RoutingSpec(
             score="sigmoid",
@@ -76,8 +107,52 @@ def _deepseek_v3(c: Keys) -> MoESpec:
             **renormalised(c("norm_topk_prob"), eps=1e-20),
         ),
         experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
-        shared=_plain_shared(c, "n_shared_experts"),
+        shared=_plain_shared(c, shared),
         routed_scaling_factor=c("routed_scaling_factor"),
+        apply_routed_scale_to_output=apply_routed_scale_to_output,
+    )
+
+
+def _deepseek_v3(c: Keys) -> MoESpec:
+    return _grouped_sigmoid(c, "n_routed_experts", "n_shared_experts", apply_routed_scale_to_output=False)
+
+
+def _exaone_moe(c: Keys) -> MoESpec:
+    return _grouped_sigmoid(c, "num_experts", "num_shared_experts", apply_routed_scale_to_output=False)
+
+
+def _ernie4_5_moe(c: Keys) -> MoESpec:
+    if c("use_bias"):
+        raise UnsupportedError("shared experts whose gate and up projections have a bias are not offered")
+    return MoESpec(
+        hidden_size=c("hidden_size"),
+        num_experts=c("moe_num_experts"),
+        top_k=c("moe_k"),
+        routing=RoutingSpec(score="softmax", selection_bias=True, renormalise="max_sum", eps=c("moe_norm_min")),
+        experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
+        shared=_plain_shared(c, "moe_num_shared_experts") if c("moe_num_shared_experts") else None,
+        apply_routed_scale_to_output=False,
+    )
+
+
+def _jamba(c: Keys) -> MoESpec:
+    return MoESpec(
+        hidden_size=c("hidden_size"),
+        num_experts=c("num_experts"),
+        top_k=c("num_experts_per_tok"),
+        routing=RoutingSpec(score="softmax", logits_dtype="model"),
+        experts=ExpertsSpec(intermediate_size=c("intermediate_size"), activation=activation(c("hidden_act"))),
+        apply_routed_scale_to_output=False,
+    )
+
+
+def _granitemoe(c: Keys) -> MoESpec:
+    return MoESpec(
+        hidden_size=c("hidden_size"),
+        num_experts=c("num_local_experts"),
+        top_k=c("num_experts_per_tok"),
+        routing=RoutingSpec(score="softmax_topk", choose="logit", logits_dtype="model"),
+        experts=ExpertsSpec(intermediate_size=c("intermediate_size"), activation=activation(c("hidden_act"))),
         apply_routed_scale_to_output=False,
     )
 
@@ -103,7 +178,7 @@ TABLE = (
         spec=_qwen3_moe,
         weights=_EXPERTS,
         router=Router(flat=True),
-        holds={"gate.top_k": "num_experts_per_tok", "gate.norm_topk_prob": "norm_topk_prob"},
+        holds=_HOLDS_NORM,
     ),
     Family(
         name="deepseek_v2",
@@ -123,15 +198,104 @@ TABLE = (
         name="deepseek_v3",
         blocks=hf("deepseek_v3", "DeepseekV3MoE"),
         spec=_deepseek_v3,
-        weights=_EXPERTS | _SHARED | {"selection_bias": "gate.e_score_correction_bias"},
-        holds={
-            "gate.top_k": "num_experts_per_tok",
-            "gate.routed_scaling_factor": "routed_scaling_factor",
-            "gate.norm_topk_prob": "norm_topk_prob",
-            "gate.num_group": "n_group",
-            "gate.topk_group": "topk_group",
-        },
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
         ignored={"topk_method": "Transformers knows one method in this family", "moe_layer_freq": _PLACEMENT},
+    ),
+    Family(
+        name="olmoe",
+        blocks=hf("olmoe", "OlmoeSparseMoeBlock"),
+        spec=_olmoe,
+        weights=_EXPERTS,
+        router=Router(flat=True),
+        holds=_HOLDS_NORM,
+    ),
+    Family(
+        name="qwen2_moe",
+        blocks=hf("qwen2_moe", "Qwen2MoeSparseMoeBlock"),
+        spec=_qwen2_moe,
+        weights=_EXPERTS | _GATED_SHARED,
+        router=Router(flat=True),
+        holds=_HOLDS_NORM,
+    ),
+    Family(
+        name="qwen3_next",
+        blocks=hf("qwen3_next", "Qwen3NextSparseMoeBlock"),
+        spec=_qwen2_moe,
+        weights=_EXPERTS | _GATED_SHARED,
+        router=Router(flat=True),
+        holds=_HOLDS_NORM,
+    ),
+    Family(
+        name="glm4_moe",
+        blocks=hf("glm4_moe", "Glm4MoeMoE"),
+        spec=_deepseek_v3,
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
+    ),
+    Family(
+        name="glm4_moe_lite",
+        blocks=hf("glm4_moe_lite", "Glm4MoeLiteMoE"),
+        spec=_deepseek_v3,
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
+    ),
+    Family(
+        name="exaone_moe",
+        blocks=hf("exaone_moe", "ExaoneMoeSparseMoEBlock"),
+        spec=_exaone_moe,
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
+    ),
+    Family(
+        name="kimi_linear",
+        blocks=hf("kimi_linear", "KimiLinearMoE"),
+        spec=_exaone_moe,
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
+    ),
+    Family(
+        name="ernie4_5_moe",
+        blocks=hf("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock"),
+        spec=_ernie4_5_moe,
+        weights=_EXPERTS | _SHARED | {"selection_bias": View("gate.moe_statics.e_score_correction_bias", "reshaped")},
+        router=Router(flat=True),
+        holds={"gate.top_k": "moe_k", "gate.norm_min": "moe_norm_min"},
+        ignored=dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), _PLACEMENT),
+    ),
+    Family(
+        name="flex_olmo",
+        blocks=hf("flex_olmo", "FlexOlmoSparseMoeBlock"),
+        spec=_olmoe,
+        weights=_EXPERTS,
+        router=Router(flat=True),
+        holds=_HOLDS_NORM,
+    ),
+    Family(
+        name="jamba",
+        blocks=hf("jamba", "JambaSparseMoeBlock"),
+        spec=_jamba,
+        weights=_AT_ROUTER,
+        router=Router("router", flat=True),
+        holds={"router.top_k": "num_experts_per_tok"},
+        ignored=dict.fromkeys(("expert_layer_period", "expert_layer_offset"), _PLACEMENT),
+    ),
+    Family(
+        name="granitemoe",
+        blocks=hf("granitemoe", "GraniteMoeMoE"),
+        spec=_granitemoe,
+        weights=_AT_ROUTER,
+        router=Router("router", flat=True),
+        holds={"router.top_k": "num_experts_per_tok"},
+        takes={"layer_input": "x"},
+        ignored={"logits_scaling": "the language model's head"},
+    ),
+    Family(
+        name="dots1",
+        blocks=hf("dots1", "Dots1MoE"),
+        spec=_deepseek_v3,
+        weights=_CORRECTED,
+        holds=_HOLDS_GROUPS,
     ),
 )
 
