@@ -14,6 +14,7 @@ from tests.support.strategies import (
     SEEDS,
     STORAGES,
     Storage,
+    Tokens,
     layouts,
     make_weights,
     options_for,
@@ -23,6 +24,7 @@ from tests.support.strategies import (
 )
 
 from moerunner import (
+    DistributedError,
     ExpertsSpec,
     LayerWeights,
     Layout,
@@ -30,14 +32,18 @@ from moerunner import (
     MoERunner,
     MoESpec,
     Options,
+    PlanError,
     RMSNorm,
     RoutingSpec,
     SharedSpec,
+    SpecError,
     TransformSpec,
+    UnsupportedError,
 )
 from moerunner.ops.reference import reference
 from moerunner.parallel.comm import simulate
-from moerunner.parallel.pairs import pack, unpack
+from moerunner.parallel.cut import local_part
+from moerunner.parallel.pairs import SlotMap, pack, unpack
 
 LINEAR = TransformSpec((Linear(in_features=8, out_features=16),))
 NORMED = TransformSpec((RMSNorm(features=8), Linear(in_features=8, out_features=16)))
@@ -256,3 +262,125 @@ def test_what_travels_arrives(rows: int, dtype: torch.dtype) -> None:
     x, ids, weights = torch.randn(rows, 5).to(dtype), torch.randint(-1, 9, (rows, 3)), torch.rand(rows, 3)
     got = unpack(pack(x, ids, weights), x, weights)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, (x, ids, weights), strict=True))
+
+
+# ---- ids of slots, weights of a rank, and ranks that disagree
+
+
+@settings(max_examples=25)
+@given(problems(4))
+def test_ids_of_slots_reach_the_experts_in_them(problem):
+    """A caller who knows the placement may choose among an expert's copies himself."""
+    spec, layout, options, seed, storage, rows = problem
+    if spec.zero_experts:
+        return
+    weights = make_weights(spec, seed, torch.float32, storage)
+    logical = [
+        replayed(spec, weights, t) for t in rank_tokens(spec, layout, seed + 1, token_counts(layout, rows), torch.float32)
+    ]
+    slots = SlotMap(layout, spec.num_experts, spec.routing.modalities)
+    everywhere = {}
+    for slot, expert in enumerate(e for row in slots.slots for e in row):
+        everywhere.setdefault(expert, []).append(slot)
+
+    def last_copy(t: Tokens) -> Tokens:
+        top = t.inputs["topk"]
+        ids = top.ids.clone().apply_(lambda e: -1 if e < 0 else everywhere[e][-1])
+        return Tokens(t.x, {"topk": dataclasses.replace(top, ids=ids, space="physical")})
+
+    answers = run(spec, weights, layout, options, [last_copy(t) for t in logical])
+    got, wanted = collected(layout, options, answers), expected(spec, weights, layout, options, logical)
+    assert_close(torch.cat(got), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(ep=3, placement="round_robin"), Layout(ep=2, tp=2, redundant=1)])
+def test_a_function_gives_the_weights_of_its_rank(layout):
+    weights = make_weights(BASE, 0)
+    x = torch.randn(5, 16)
+    wanted = reference(BASE, weights, x)
+
+    def main(bound):
+        slots = SlotMap(layout, BASE.num_experts)
+        own = local_part(weights, BASE, bound.comm, slots)
+        with torch.no_grad():
+            return MoERunner(BASE, lambda: own, bound)(x)
+
+    for y in simulate(layout, main):
+        assert_close(y, wanted)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"spec": dataclasses.replace(BASE, routed_scaling_factor=1.0)},
+        {"spec": dataclasses.replace(BASE, top_k=3)},
+        {"spec": dataclasses.replace(BASE, experts=ExpertsSpec(intermediate_size=14, bias=True))},
+        {"options": Options(reduce_dtype="float64")},
+    ],
+)
+def test_ranks_that_disagree_are_told_before_the_first_collective(other):
+    def main(bound):
+        odd = other if bound.comm.rank == 1 else {}
+        spec = odd.get("spec", BASE)
+        runner = MoERunner(spec, make_weights(spec, 0), bound, odd.get("options", Options()))
+        with torch.no_grad(), pytest.raises(DistributedError, match=r"ranks \[1\] disagree with rank 0"):
+            runner(torch.randn(2, 16))
+        return tuple(bound.comm.log)
+
+    assert simulate(Layout(tp=2), main) == [(), ()]
+
+
+# ---- what cannot be
+
+
+def build(layout: Layout, spec: MoESpec = BASE, **options) -> None:
+    weights = make_weights(spec, 0)
+    simulate(layout, lambda bound: MoERunner(spec, weights, bound, Options(**options)))
+
+
+def test_contradictions_of_layouts_are_refused_by_name():
+    with pytest.raises(PlanError, match="needs the whole value on ep") as caught:
+        build(Layout(ep=2, tokens="sharded", shared="sharded"))
+    assert caught.value.second == "shared"
+    with pytest.raises(PlanError, match="partial sums of sharded tokens") as caught:
+        build(Layout(ep=2, tokens="sharded"), output="partial")
+    assert (caught.value.first, caught.value.second) == ("Layout.tokens", "Options.output")
+    with pytest.raises(UnsupportedError, match="tokens are not sharded, 'alltoall' has nothing to do"):
+        build(Layout(ep=2), dispatch="alltoall")
+    with pytest.raises(UnsupportedError, match="needs ep above 1"):
+        build(Layout(tp=2, tokens="sharded"), dispatch="alltoall")
+    with pytest.raises(UnsupportedError, match="gradients are given on one rank only"):
+        build(Layout(tp=2), grad=True)
+    with pytest.raises(SpecError, match=r"experts without a place: \[3, 4, 5\]"):
+        build(Layout(ep=2, placement=((0, 1), (2,))))
+    with pytest.raises(SpecError, match="do not exist"):
+        build(Layout(ep=2, placement=((0, 1, 2), (3, 4, 5, 6))))
+
+
+def test_the_first_rank_that_fails_ends_the_others():
+    def main(bound):
+        if bound.comm.rank == 1:
+            raise ValueError("rank 1 is ill")
+        return bound.comm.all_reduce(torch.ones(1), ("tp",))
+
+    with pytest.raises(ValueError, match="rank 1 is ill"):
+        simulate(Layout(tp=3, timeout=30.0), main)
+
+
+@settings(max_examples=60)
+@given(layouts(6, world=8), st.integers(0, 20))
+def test_tokens_and_experts_are_dealt_out_whole(layout, tokens):
+    counts = layout.token_counts(tokens)
+    assert len(counts) == layout.ep * layout.tp
+    assert sum(counts) == tokens
+    assert min(counts) >= 0
+    slots = layout.slots(6)
+    assert len(slots) == layout.ep
+    assert len({len(row) for row in slots}) == 1
+    assert {e for row in slots for e in row} - {-1} == set(range(6))
+    for rank in range(layout.world):
+        group = layout.group(rank, ("ep", "tp"))
+        assert rank in group
+        assert len(group) == layout.ep * layout.tp
+        at = layout.coordinates(rank)
+        assert (at["dp"] * layout.ep + at["ep"]) * layout.tp + at["tp"] == rank
