@@ -245,3 +245,15 @@ def test_accelerate_may_come_after_the_patch(deepseek):
     assert all(r.already for r in patch(deepseek).replaced)
     unpatch(deepseek)
     assert torch.equal(run(deepseek).logits, expected)
+
+
+def test_a_hook_that_was_there_before_the_patch_keeps_its_block(deepseek):
+    heard = []
+    first, *_ = blocks(deepseek).values()
+    first.experts.register_forward_hook(lambda *call: heard.append(1))
+    wanted = run(deepseek).logits
+    report = patch(deepseek)
+    assert [skipped.reason for skipped in report.skipped] == ["experts has hooks, which the runner would pass over"]
+    assert len(report.replaced) == 1
+    assert relative(run(deepseek).logits, wanted) <= 1e-5
+    assert len(heard) == 2

@@ -8,7 +8,7 @@ from torch import nn
 
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts import registry
-from moerunner.models.block import forward_of, slot_of
+from moerunner.models.block import Changed, forward_of, slot_of
 from moerunner.models.load import load as load  # callers find it here too
 from moerunner.models.prepare import copied_bytes, prepare, sites
 from moerunner.models.report import Replaced, Report, Skipped
@@ -40,14 +40,13 @@ def patch(model: nn.Module, layout: Layout | None = None, backend: str = "auto")
         block, present = site.block, forward_of(site.block)
         try:
             forward = present or prepare(site, Options(backend=backend))
-            runner = forward.runner
-        except (UnsupportedError, PlanError, WeightsError) as reason:
+            source, runner = forward.source, forward.runner
+            copied = copied_bytes(source(), block)
+        except (UnsupportedError, PlanError, WeightsError, Changed) as reason:
             report.skipped.append(Skipped(site.name, str(reason)))
             continue
         if present is None:
             ready.append((block, forward))
-        source = forward.source
-        copied = copied_bytes(source(), block)
         report.replaced.append(
             Replaced(site.name, source.family.name, runner.plan.backend, copied, already=present is not None)
         )
