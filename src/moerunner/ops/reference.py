@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moerunner.errors import WeightsError
 from moerunner.spec import ActivationSpec, Custom, Linear, MoESpec, TransformSpec
 from moerunner.values import LayerWeights, TopK
 
@@ -38,6 +39,10 @@ def reference(
     token_types: Tensor | None = None,
 ) -> Tensor:
     """What the layer must return, float64, with the shape of x. The arguments are those of `MoERunner.forward`."""
+    for experts in weights.experts:
+        if experts.format != "none":
+            what = f"reads plain weights, these are in the format {experts.format!r}"
+            raise WeightsError(what, where="the oracle", next_step="Dequantise them first")
     tokens = x.reshape(-1, spec.hidden_size).double().cpu()
     choices = reference_route(
         spec,

@@ -246,8 +246,9 @@ def _expert_problems(
         wanted = {n.split(".")[0]: s for n, s in shapes.items() if n.endswith(suffix) and n.split(".")[0] in _EXPERT_LAYOUT}
         if (one.gate_up == "none") == spec.experts.gated:
             problems.append(f"gate_up={one.gate_up!r} but gated={spec.experts.gated}")
-        if one.format != "none":
-            continue  # a format checks its own tensors
+        if one.format != "none":  # a format checks its own tensors
+            problems += [f"{n}{suffix} is missing" for n in ("w13", "w2") if n not in one.tensors]
+            continue
         if names:
             problems += [f"{n}{suffix} is missing" for n in sorted(set(wanted) - set(one.tensors))]
             problems += [f"{n}{suffix} is not in the spec" for n in sorted(set(one.tensors) - set(wanted))]
