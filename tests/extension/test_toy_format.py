@@ -119,8 +119,38 @@ def test_a_backend_that_lists_the_format_reads_it_itself() -> None:
         registry.unregister("reader")
 
 
+def test_tokens_of_every_dtype_meet_weights_of_theirs() -> None:
+    weights, plain = layer()
+    source = LayerWeights.of(SPEC, weights)
+    for dtype, limit in ((torch.float64, 1e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        others = {n: t.to(dtype) for n, t in source.tensors.items()}
+        runner = MoERunner(SPEC, {**others, "experts": weights["experts"]}, options=Options(dtype=dtype))
+        x = torch.randn(9, 32).to(dtype)
+        y = runner(x)
+        assert y.dtype == dtype
+        assert relative_error(y, reference(SPEC, plain, x, topk=runner.route(x))) <= limit
+    with pytest.raises(WeightsError, match=r"tokens are torch.int32, Options\.dtype is float32"):
+        MoERunner(SPEC, weights, options=Options(dtype="float32"))(torch.zeros(1, 32, dtype=torch.int32))
+
+
+def test_changed_codes_are_seen_at_the_next_call() -> None:
+    weights, _ = layer()
+    runner, x = MoERunner(SPEC, weights, options=Options(dtype="float32")), torch.randn(3, 32)
+    before = runner(x)
+    runner.w2_scale.mul_(2)
+    after = runner(x)
+    plain = LayerWeights.of(SPEC, {**weights, "experts": TOY.dequantize(weights["experts"], torch.float32)})
+    assert relative_error(after, reference(SPEC, plain, x)) <= 2e-6
+    assert not torch.equal(before, after)
+
+
 def test_what_is_missing_is_said() -> None:
     weights, _ = layer()
+    with pytest.raises(WeightsError, match="reads plain weights, these are in the format 'row_int8'"):
+        reference(SPEC, LayerWeights.of(SPEC, weights), torch.zeros(1, 32))
+    bare = dataclasses.replace(weights["experts"], tensors={"codes": weights["experts"].tensors["w13"]})
+    with pytest.raises(WeightsError, match="w13 is missing; w2 is missing"):
+        MoERunner(SPEC, {**weights, "experts": bare}, options=Options(dtype="float32"))
     with pytest.raises(WeightsError, match=r"row_int8.*dtype"):
         MoERunner(SPEC, weights)
     with pytest.raises(UnsupportedError, match="exists"):
