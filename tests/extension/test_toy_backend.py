@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from moerunner.experts import available, registry
 from moerunner.experts.base import BackendInfo, ExpertsCall
 from moerunner.ops.activation import activate
 from moerunner.ops.reference import reference
+from moerunner.parallel import BoundLayout
 from moerunner.parallel.comm import simulate
 
 
@@ -129,6 +132,64 @@ def test_it_is_listed_with_the_others() -> None:
     assert ("all_experts", False) in [row[:2] for row in available("cuda")]
     with pytest.raises(UnsupportedError, match="exists"):
         registry.register(AllExperts)
+
+
+class Scaling(AllExperts):
+    """The same kernel with the factor inside; it notes what it is told."""
+
+    INFO = dataclasses.replace(AllExperts.INFO, name="scaling", applies_scale=True)
+    told: ClassVar[list[float]] = []
+
+    @staticmethod
+    def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
+        Scaling.told.append(call.scale)
+        return AllExperts.run(x_TH, topk, weights, call) * call.scale
+
+
+@pytest.mark.parametrize("on_output", [True, False])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(ep=2, tokens="sharded")])
+def test_a_factor_inside_the_kernel_is_applied_once(on_output: bool, layout: Layout) -> None:
+    spec = dataclasses.replace(spec_of(), apply_routed_scale_to_output=on_output)
+    weights, x = weights_of(spec), torch.randn(5, 24)
+    expected = reference(spec, LayerWeights.of(spec, weights), x)
+    Scaling.told.clear()
+    registry.register(Scaling)
+
+    def main(bound: BoundLayout) -> tuple[Tensor, list[str]]:
+        options = Options(backend="scaling", dispatch="auto" if layout.tokens == "replicated" else "allgather")
+        runner = MoERunner(spec, weights, bound if layout.world > 1 else None, options)
+        return runner(x), [step.verb for step in runner.plan.steps if step.scales or step.verb == "scale"]
+
+    try:
+        answers = simulate(layout, main)
+    finally:
+        registry.unregister("scaling")
+    for y, owners in answers:
+        assert relative_error(y, expected) <= 2e-6
+        assert owners == (["experts"] if on_output else ["route"])
+    assert set(Scaling.told) == {2.5 if on_output else 1.0}
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_kernel_that_says_nothing_is_not_told() -> None:
+    seen = []
+
+    class Curious(AllExperts):
+        INFO = dataclasses.replace(AllExperts.INFO, name="curious")
+
+        @staticmethod
+        def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
+            seen.append(call)
+            return AllExperts.run(x_TH, topk, weights, call)
+
+    registry.register(Curious)
+    try:
+        runner = MoERunner(spec_of(), weights_of(spec_of()), options=Options(backend="curious"))
+        runner(torch.randn(2, 24))
+    finally:
+        registry.unregister("curious")
+    assert [call.scale for call in seen] == [1.0]
+    assert [step.verb for step in runner.plan.steps if step.verb == "scale"] == ["scale"]
 
 
 def test_an_installed_package_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
