@@ -419,3 +419,30 @@ def test_a_plan_needs_both_products() -> None:
             resolve(spec, None, {n: m for n, m in meta.items() if n != name}, "cpu")
     with pytest.raises(UnsupportedError, match="not on tpu"):
         resolve(spec, None, meta, "tpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("backend", 3),
+        ("backend", None),
+        ("grad", "yes"),
+        ("grad", 1),
+        ("deterministic", None),
+        ("batch_invariant", 1),
+        ("capturable", "no"),
+        ("dtype", torch.int8),
+        ("dtype", 32),
+        ("reduce_dtype", "float8_e4m3fn"),
+        ("output", None),
+        ("dispatch", "broadcast"),
+    ],
+)
+def test_options_are_of_their_type(field: str, value: object) -> None:
+    with pytest.raises(SpecError, match=rf"Options\.{field}"):
+        Options(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.bfloat16", "bfloat16"])
+def test_a_dtype_has_one_name(dtype: object) -> None:
+    assert Options(dtype=dtype) == Options(dtype="bfloat16")

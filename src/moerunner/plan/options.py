@@ -45,6 +45,12 @@ class Options:
             if text not in DTYPES:
                 raise SpecError(f"must be one of {', '.join(DTYPES)}, not {text}", where=f"Options.{name}")
             object.__setattr__(self, name, text)
+        if not isinstance(self.backend, str):
+            raise SpecError(f"must be a name, not {self.backend!r}", where="Options.backend")
+        for name in ("grad", "deterministic", "batch_invariant", "capturable"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "grad" and value is None):
+                raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")
         for name, kind in (("output", Output), ("dispatch", Dispatch)):
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
