@@ -70,7 +70,8 @@ def problem(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(count, 5, generator=generator).argsort(-1)[:, :k]
     ids = torch.where(torch.rand(count, k, generator=generator) < 0.2, -1, ids)
-    w = torch.where(ids < 0, float("nan"), torch.rand(count, k, generator=generator))
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    w = torch.where(ids < 0, float("nan"), torch.rand(count, k, generator=generator, dtype=exact))
     weights = make_weights(spec, seed, dtype, dataclasses.replace(storage, pad=0))
     return Problem(spec, weights, torch.randn(count, 16, generator=generator).to(dtype), TopK(ids, w))
 

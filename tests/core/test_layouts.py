@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 from tests.support.numerics import assert_as_good_as_plain, assert_close
 from tests.support.running import collected, expected, plain, rank_tokens, run
@@ -80,7 +80,8 @@ def check(
     else:
         by_hand = torch.cat(expected(spec, weights, layout, options, tokens, lambda t: plain(spec, weights, t)))
         assert_as_good_as_plain(y.to(dtype), by_hand, reference_y)
-    event(f"dispatch {answers[0].plan.step('dispatch').kernel}, output {options.output}")
+    if currently_in_test_context():
+        event(f"dispatch {answers[0].plan.step('dispatch').kernel}, output {options.output}")
 
 
 @st.composite
@@ -365,6 +366,17 @@ def test_the_first_rank_that_fails_ends_the_others():
 
     with pytest.raises(ValueError, match="rank 1 is ill"):
         simulate(Layout(tp=3, timeout=30.0), main)
+
+
+def test_sets_of_experts_have_equally_many_slots_each():
+    """Ranks and code find a set by its place: (text, text, text | vision, vision, -) on one, (text, -, - | ...) on the other."""
+    slots = Layout(ep=2, placement=((0, 1, 2, 4, 5), (3, 6, 7, 3))).slots(8, sets=2)
+    assert slots == ((0, 1, 2, 4, 5, -1), (3, 3, -1, 6, 7, -1))
+    spec = dataclasses.replace(
+        BASE, num_experts=8, routing=RoutingSpec(modalities=2), experts=ExpertsSpec(intermediate_size=(6, 10))
+    )
+    layout = Layout(ep=2, placement=((0, 1, 2, 4, 5), (3, 6, 7, 3)))
+    check(spec, layout, Options(), 1, Storage(), [7], torch.float32)
 
 
 @settings(max_examples=60)

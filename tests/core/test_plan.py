@@ -295,6 +295,20 @@ def test_gate_and_shared_experts_read_the_callers_tokens(verb: str) -> None:
     assert caught.value.first.startswith("input_transform") or caught.value.second.startswith("dispatch")
 
 
+@pytest.mark.parametrize("layout", ["tp2", "ep2 tp2", "sharded ep2 tp2"])
+def test_a_replicated_bias_counts_once(layout: str) -> None:
+    plan = plan_of(SPECS["average, bias"], LAYOUTS[layout])
+    at = next(i for i, s in enumerate(plan.steps) if s.verb == "join")
+    for axes in ((), ("ep",), ("tp",), ("ep", "tp")):
+        steps = (*plan.steps[:at], dataclasses.replace(plan.steps[at], axes=axes), *plan.steps[at + 1 :])
+        if axes == plan.steps[at].axes:
+            dataclasses.replace(plan, steps=steps)
+            continue
+        with pytest.raises(PlanError, match="counts a bias once") as caught:
+            dataclasses.replace(plan, steps=steps)
+        assert caught.value.second == "join (average)"
+
+
 MINIMAL = {
     "tp2": (("all_reduce", ("tp",)),),
     "ep2": (("all_reduce", ("ep",)),),

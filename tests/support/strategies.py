@@ -38,6 +38,7 @@ VOCAB = 7
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sigmoid_topk", "sparsemixer", "external")
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai")
 SIZES = (8, 16, 12, 5)
+FOCI = ("", "", "", "sets", "router", "input", "sparsemixer")
 
 
 def maybe(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -49,7 +50,7 @@ def maybe(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def activations(draw: st.DrawFn, gated: bool = True) -> ActivationSpec:
-    kind = draw(st.sampled_from(KINDS if gated else KINDS[:-1]))
+    kind = draw(st.sampled_from((*KINDS, KINDS[-1]) if gated else KINDS[:-1]))
     limit = draw(maybe(st.sampled_from([0.4, 1.0, 7.0])))
     constants = st.sampled_from([0.5, 1.3])
     return ActivationSpec(
@@ -93,9 +94,11 @@ def custom_function(op: Custom) -> Callable[[Tensor], Tensor]:
 
 
 @st.composite
-def routings(draw: st.DrawFn, num_experts: int, choosable: int, top_k: int, hidden: int) -> RoutingSpec:
+def routings(draw: st.DrawFn, num_experts: int, choosable: int, top_k: int, hidden: int, focus: str = "") -> RoutingSpec:
     scores = [s for s in SCORES if s != "sparsemixer" or top_k == 2]
-    score = draw(st.sampled_from(scores))
+    if focus in ("sets", "input"):
+        scores = [s for s in scores if s not in ("external", "sparsemixer")]
+    score = {"router": "sigmoid", "sparsemixer": "sparsemixer"}.get(focus) or draw(st.sampled_from(scores))
     if score == "external":
         return RoutingSpec(score=score)
     common: dict[str, Any] = {
@@ -110,16 +113,13 @@ def routings(draw: st.DrawFn, num_experts: int, choosable: int, top_k: int, hidd
     }
     if score == "sparsemixer":
         return RoutingSpec(**common, jitter=draw(st.sampled_from([0.01, 0.3])))
-    choose = draw(
-        st.sampled_from(["logit", "hash"] if score in ("softmax_topk", "sigmoid_topk") else ["score", "logit", "hash"])
-    )
-    modalities = 1
-    if choose != "hash" and choosable == num_experts and num_experts % 2 == 0 and top_k <= num_experts // 2:
-        modalities = draw(st.sampled_from([1, 1, 2]))
+    ways = ["logit"] if score in ("softmax_topk", "sigmoid_topk") else ["score", "logit"]
+    choose = draw(st.sampled_from(ways if focus == "sets" else [*ways, "hash"]))
+    modalities = 2 if focus == "sets" else 1
     groups = None
     if choose != "hash" and modalities == 1:
         groups = draw(maybe(group_specs(choosable, top_k)))
-    renormalise = draw(st.sampled_from(["none", "sum", "max_sum", "p_norm"]))
+    renormalise = draw(st.sampled_from(["sum", "none", "p_norm", "max_sum"]))
     eps = {"sum": st.sampled_from([0.0, 1e-20, 0.1]), "max_sum": st.sampled_from([1e-9, 0.5])}.get(renormalise, st.just(0.0))
     return RoutingSpec(
         **common,
@@ -128,7 +128,7 @@ def routings(draw: st.DrawFn, num_experts: int, choosable: int, top_k: int, hidd
         groups=groups,
         renormalise=renormalise,
         eps=draw(eps),
-        p=draw(st.sampled_from([1.0, 2.0, 3.0])) if renormalise == "p_norm" else 2.0,
+        p=draw(st.sampled_from([3.0, 1.0, 2.0])) if renormalise == "p_norm" else 2.0,
         modalities=modalities,
     )
 
@@ -146,7 +146,7 @@ def group_specs(draw: st.DrawFn, choosable: int, top_k: int) -> GroupSpec:
 @st.composite
 def shared_specs(draw: st.DrawFn, *, router: bool) -> SharedSpec:
     gated = draw(st.booleans())
-    gate = draw(st.sampled_from(["none", "sigmoid", "router"] if router else ["none", "sigmoid"]))
+    gate = "router" if router else draw(st.sampled_from(["none", "sigmoid"]))
     return SharedSpec(
         width=draw(st.sampled_from(SIZES)),
         count=draw(st.integers(1, 3)),
@@ -160,27 +160,27 @@ def shared_specs(draw: st.DrawFn, *, router: bool) -> SharedSpec:
 @st.composite
 def specs(draw: st.DrawFn) -> MoESpec:
     """Every feature of a spec, together as far as they combine."""
+    focus = draw(st.sampled_from(FOCI))  # what a free draw would rarely give
     hidden = draw(st.sampled_from(SIZES))
-    num_experts = draw(st.integers(1, 8))
-    zero_experts = draw(st.sampled_from([0, 0, 0, 1, 2]))
-    top_k = draw(st.integers(1, min(4, num_experts)))
-    routing = draw(routings(num_experts, num_experts + zero_experts, top_k, hidden))
-    if routing.modalities > 1:
-        zero_experts = 0
+    num_experts = draw(st.sampled_from([6, 4, 8] if focus in ("sets", "sparsemixer") else [6, 4, 3, 8, 2, 5, 7, 1]))
+    zero_experts = 0 if focus in ("sets", "input") else draw(st.sampled_from([0, 0, 0, 1, 2]))
+    most = num_experts // 2 if focus == "sets" else min(4, num_experts)
+    top_k = 2 if focus == "sparsemixer" else draw(st.sampled_from([k for k in (2, 3, 1, 4) if k <= most]))
+    routing = draw(routings(num_experts, num_experts + zero_experts, top_k, hidden, focus))
     gated = draw(st.booleans())
     latent = draw(maybe(st.sampled_from(SIZES)))
     input_transform = None if latent is None else draw(transforms(hidden, latent))
     width = hidden if latent is None else latent
-    bias, row_norm = draw(st.booleans()), None
-    if routing.modalities == 1:
+    bias, row_norm = focus != "input" and draw(st.booleans()), None
+    if focus not in ("sets", "input"):
         row_norm = draw(maybe(st.builds(RMSNorm, features=st.just(width), eps=st.just(1e-3), weight=st.booleans())))
-    if not (bias or row_norm or zero_experts or routing.score == "external") and draw(st.booleans()):
+    if focus == "input":
         routing = dataclasses.replace(routing, weights_on="input")
     size: Any = draw(st.sampled_from(SIZES))
     if routing.modalities > 1 and draw(st.booleans()):
         size = tuple(draw(st.sampled_from(SIZES)) for _ in range(routing.modalities))
-    on_output = draw(st.booleans())
-    shared = draw(maybe(shared_specs(router=routing.score == "sigmoid" and not on_output)))
+    on_output = focus != "router" and draw(st.booleans())
+    shared = draw(shared_specs(router=True) if focus == "router" else maybe(shared_specs(router=False)))
     return MoESpec(
         hidden_size=hidden,
         num_experts=num_experts,
