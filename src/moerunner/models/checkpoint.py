@@ -25,15 +25,21 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a config says: Transformers' own config object, the class that makes a model of it, the weights' dtype if named."""
+    """What a config says: Transformers' own config object, the class that makes a model of it, the weights' dtype if named.
+
+    quantised: the method, empty for plain weights.
+    """
 
     config: Any
     auto_class: Any
     dtype: torch.dtype | None
+    quantised: str = ""
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, *, quantised: bool = False) -> Recipe:
     """The config of a checkpoint folder. Nothing is downloaded, and no code from the folder is run.
+
+    quantised: whether a config of quantised weights is wanted all the same.
 
     Raises:
         CheckpointError: the folder or its config is absent, damaged or impossible.
@@ -55,7 +61,13 @@ def read_recipe(path: Path) -> Recipe:
         raise UnsupportedError(
             f"the model_type {kind!r} is not one that Transformers {transformers.__version__} knows{own}", where=str(file)
         )
-    _refuse_quantised(raw, file)
+    method = _quantised(raw)
+    if method and not quantised:
+        raise UnsupportedError(
+            f"the weights are quantised ({method}), and such checkpoints are not read yet",
+            where=str(file),
+            next_step="Weights in float32, bfloat16 or float16 are: take the model's unquantised release",
+        )
     config = guarded(
         lambda: transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), file
     )
@@ -63,7 +75,7 @@ def read_recipe(path: Path) -> Recipe:
     if auto_class is None:
         raise UnsupportedError(f"the model_type {kind!r} is not a language model in Transformers", where=str(file))
     dtype = getattr(config, "dtype", None)
-    return Recipe(config, auto_class, dtype if isinstance(dtype, torch.dtype) else None)
+    return Recipe(config, auto_class, dtype if isinstance(dtype, torch.dtype) else None, method)
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
@@ -162,17 +174,14 @@ def _auto_class(config: Any) -> Any:
     return able[0] if able else None
 
 
-def _refuse_quantised(raw: dict[str, Any], file: Path) -> None:
+def _quantised(raw: dict[str, Any]) -> str:
+    """The method by which the weights are quantised, empty if they are not."""
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
             given = part.get(key)
             if given:
-                method = given.get("quant_method", "unnamed") if isinstance(given, dict) else given
-                raise UnsupportedError(
-                    f"the weights are quantised ({method}), and such checkpoints are not read yet",
-                    where=str(file),
-                    next_step="Weights in float32, bfloat16 or float16 are: take the model's unquantised release",
-                )
+                return str(given.get("quant_method", "unnamed") if isinstance(given, dict) else given)
+    return ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:

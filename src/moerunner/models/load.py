@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,12 @@ def load(
     if layout is not None and layout.world > 1:
         raise UnsupportedError(f"a model is loaded for one rank only, not for {layout.world}", where="layout")
     path, device = Path(path), _device(device)
-    recipe = read_recipe(path)
-    stored = read_tensors(path)
-    dtype = _dtype(dtype, recipe, stored)
-    model = _skeleton(recipe, dtype, path, len(stored))
-    naming = Naming(model)
-    arranged = naming.arrange({name: tensor.shape for name, tensor in stored.items()})
-    check(arranged, str(path))
-    held_as = _dtypes(naming, arranged, dtype)
-    _check_kinds(stored, arranged, held_as)
+    plan = blueprint(path, dtype)
+    model, naming, arranged, stored = plan.model, plan.naming, plan.arranged, plan.stored
+    _generation_config(model, path)
 
     def place(name: str) -> Tensor:
-        tensor = torch.empty(naming.wanted[name].shape, dtype=held_as[name], device=device)
+        tensor = torch.empty(naming.wanted[name].shape, dtype=plan.held_as[name], device=device)
         _set(model, name, tensor)
         return tensor
 
@@ -79,6 +74,43 @@ def load(
     model.name_or_path = str(path)
     model.moerunner_report = patch(model.eval(), layout)
     return model
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A checkpoint before a weight is read.
+
+    model: the whole model without data. stored: the tensors of the files, by name. dtype: of the weights; held_as: that of
+    each tensor of the model that the files give, since some are kept in float32.
+    """
+
+    recipe: Recipe
+    model: Any
+    naming: Naming
+    stored: Mapping[str, Stored]
+    arranged: Arrangement
+    dtype: torch.dtype
+    held_as: Mapping[str, torch.dtype]
+
+
+def blueprint(path: Path, dtype: torch.dtype | None = None, *, config_only: bool = False) -> Blueprint:
+    """What `load` finds out before it reads a weight, and raises for, from the config and the headers of the files.
+
+    config_only: the files are not looked at, and quantised weights are no fault.
+    """
+    recipe = read_recipe(path, quantised=config_only)
+    stored = {} if config_only else read_tensors(path)
+    dtype = _dtype(dtype, recipe, stored)
+    model = _skeleton(recipe, dtype, path, None if config_only else len(stored))
+    naming = Naming(model)
+    if config_only:
+        arranged = Arrangement(led_by={name: name for name in naming.wanted})
+    else:
+        arranged = naming.arrange({name: tensor.shape for name, tensor in stored.items()})
+        check(arranged, str(path))
+    held_as = _dtypes(naming, arranged, dtype)
+    _check_kinds(stored, arranged, held_as)
+    return Blueprint(recipe, model, naming, stored, arranged, dtype, held_as)
 
 
 @torch.no_grad()
@@ -146,13 +178,13 @@ def _dtype(given: torch.dtype | None, recipe: Recipe, stored: Mapping[str, Store
     return dtype
 
 
-def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int) -> Any:
+def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int | None) -> Any:
     """The model without data. Everything that its config can make fail fails here, before weights are read."""
     file = path / CONFIG
 
     def make() -> Any:
         layers = getattr(recipe.config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(layers, int) and layers > tensors:  # a wrong digit must not take hours
+        if tensors is not None and isinstance(layers, int) and layers > tensors:  # a wrong digit must not take hours
             raise CheckpointError(f"asks for {layers} layers, the files hold {tensors} tensors", where=str(file))
         with torch.device("meta"):
             return recipe.auto_class.from_config(recipe.config, dtype=dtype)
@@ -164,7 +196,6 @@ def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int) -> A
 
     model = guarded(make, file)
     guarded(know_every_key, file)
-    _generation_config(model, path)
     return model
 
 
