@@ -343,6 +343,25 @@ def test_the_model_is_left_as_it_was(patched):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
+def test_the_runners_that_a_model_has_are_the_ones_that_are_verified_and_kept(backend):
+    model = tiny_model("mixtral")
+    adapt.patch(model, backend=backend)
+    before = adapt.runners(model)
+    report = verify(model, **FEW)
+    assert {layer.backend for layer in report.layers} == {backend}
+    after = adapt.runners(model)
+    assert all(after[name] is runner for name, runner in before.items())
+    assert list(after) == list(before)
+
+
+def test_blocks_that_were_not_patched_are_not_patched_afterwards():
+    model = tiny_model("mixtral")
+    adapt.patch(model.model.layers[1])
+    assert len(verify(model, **FEW).layers) == 3
+    assert list(adapt.runners(model)) == ["model.layers.1.mlp"]
+
+
 def test_the_model_is_left_as_it_was_when_something_fails(monkeypatch):
     model = tiny_model("mixtral")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 from torch import nn
@@ -64,6 +66,18 @@ def unpatch(model: nn.Module) -> None:
             del block.forward
         else:
             setattr(block, slot_of(block), MethodType(type(block).forward, block))
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Patch and unpatch inside as you like: afterwards each block runs what it ran before, with the same runner."""
+    before = [(block, forward) for block in model.modules() if (forward := forward_of(block)) is not None]
+    try:
+        yield
+    finally:
+        unpatch(model)
+        for block, forward in before:
+            setattr(block, slot_of(block), forward)
 
 
 def runners(model: nn.Module) -> dict[str, MoERunner]:

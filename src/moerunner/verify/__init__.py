@@ -135,15 +135,12 @@ def _sample(model: Any, tokenizer: Any, text: str | None, count: int, seed: int)
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Eval mode inside; afterwards patched or not, training or not, as before."""
-    patched, training = bool(adapt.runners(model)), model.training
+    training = model.training
     model.eval()
     try:
-        yield
+        with adapt.restored(model):
+            yield
     finally:
-        if patched:
-            adapt.patch(model)
-        else:
-            adapt.unpatch(model)
         model.train(training)
 
 
@@ -153,10 +150,10 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
     skipped = [f"{s.name}: {s.reason}" for s in report.skipped]
     if not replaced:
         raise UnsupportedError("; ".join(skipped) or "has no MoE block that moerunner knows", where=type(model).__name__)
-    adapt.unpatch(model)
-    with recorded(model, list(replaced)) as calls:
-        expected = model(input_ids=input_ids, use_cache=False).logits
-    adapt.patch(model)
+    with adapt.restored(model):  # the caller's own runners are what is compared
+        adapt.unpatch(model)
+        with recorded(model, list(replaced)) as calls:
+            expected = model(input_ids=input_ids, use_cache=False).logits
     actual = model(input_ids=input_ids, use_cache=False).logits
     runners, layers, first_tie = adapt.runners(model), [], input_ids.shape[1]
     for name, call in calls.items():
