@@ -68,6 +68,15 @@ def prepare(site: Site, options: Options) -> PatchedForward:
         UnsupportedError: the block has to stay as it is; the reason is given.
         SpecError: its config has keys that the family's entry does not know.
     """
+    source = source_of(site)
+    without_data = [name for name, tensor in _tensors(source()).items() if tensor.is_meta]
+    if without_data:
+        raise UnsupportedError(f"{', '.join(without_data)} have no data: they are on the meta device")
+    return PatchedForward(source, options)
+
+
+def source_of(site: Site) -> Source:
+    """The block's spec and tensors, which may be without data. Raises as `prepare` does."""
     block = site.block
     present = block.__dict__.get(slot_of(block))
     if slot_of(block) == "forward" and present is not None:
@@ -81,7 +90,7 @@ def prepare(site: Site, options: Options) -> PatchedForward:
     shapes = spec.weight_shapes(vocab_size=getattr(config, "vocab_size", None))
     source = Source(block, _parts(block, family, shapes), built, family, spec)
     _check_tensors(source())
-    return PatchedForward(source, options)
+    return source
 
 
 def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
@@ -143,8 +152,6 @@ def _check_tensor(tensor: Any, view: View, shape: tuple[int, ...]) -> None:
         raise UnsupportedError(f"it has no tensor {view.path}")
     if type(tensor) not in PLAIN:
         raise UnsupportedError(f"{view.path} is a {type(tensor).__name__}, not a plain tensor")
-    if tensor.is_meta:
-        raise UnsupportedError(f"{view.path} has no data: it is on the meta device")
     got = tuple(tensor.mT.shape) if view.change == "transposed" and tensor.ndim > 1 else tuple(tensor.shape)
     fits = tensor.numel() == math.prod(shape) and tensor.is_contiguous() if view.change == "reshaped" else got == shape
     if not fits:
