@@ -15,8 +15,9 @@ from moerunner.spec import SharedSpec
 class SharedExperts:
     """The shared experts of one layer, or the slice of them that one rank holds.
 
-    w13 is one tensor of gate rows then up rows, or two tensors `shared_gate_proj` and `shared_up_proj`. Without a router
-    gate all of them are one MLP. `adds_bias`: this rank adds the down bias (one rank of a sharded group does).
+    w13 is one tensor of gate rows then up rows, or two tensors `shared_gate_proj` and `shared_up_proj` (their biases have
+    `_bias` behind the name). Without a router gate all of them are one MLP. `adds_bias`: this rank adds the down bias (one
+    rank of a sharded group does).
     """
 
     def __init__(self, spec: SharedSpec, *, adds_bias: bool = True) -> None:
@@ -43,7 +44,8 @@ class SharedExperts:
             h = linear(x_TH, tensors["shared_w13"], b13)
             h = activate(h, spec.activation, gate_up="concat" if spec.gated else "none")
         else:
-            b_gate, b_up = (None, None) if b13 is None else b13.chunk(2)
-            gate = linear(x_TH, tensors["shared_gate_proj"], b_gate)
-            h = gated(gate, linear(x_TH, tensors["shared_up_proj"], b_up), spec.activation)
+            names = ("shared_gate_proj", "shared_up_proj")
+            biases = [tensors.get(f"{name}_bias") for name in names] if b13 is None else b13.chunk(2)
+            gate, up = (linear(x_TH, tensors[name], bias) for name, bias in zip(names, biases, strict=True))
+            h = gated(gate, up, spec.activation)
         return linear(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)

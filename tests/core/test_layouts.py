@@ -369,7 +369,7 @@ def test_the_first_rank_that_fails_ends_the_others():
 
 
 def test_sets_of_experts_have_equally_many_slots_each():
-    """Ranks and code find a set by its place: (text, text, text | vision, vision, -) on one, (text, -, - | ...) on the other."""
+    """A set is found by its place: text, text, text | vision, vision, - on one rank, text, -, - | vision, ... on the other."""
     slots = Layout(ep=2, placement=((0, 1, 2, 4, 5), (3, 6, 7, 3))).slots(8, sets=2)
     assert slots == ((0, 1, 2, 4, 5, -1), (3, 3, -1, 6, 7, -1))
     spec = dataclasses.replace(

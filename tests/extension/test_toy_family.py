@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moerunner import ActivationSpec, ExpertsSpec, MoESpec, RoutingSpec, SharedSpec, UnsupportedError
-from moerunner.models import Family, Keys, Router, View, families, patch, runners, unpatch
+from moerunner.models import Family, Keys, Router, View, patch, registry, runners, unpatch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 16, 12, 6, 2
 
@@ -140,9 +140,9 @@ TOY = Family(
 
 @pytest.fixture(autouse=True)
 def registered():
-    families.register(TOY)
+    registry.register(TOY)
     yield
-    families.unregister("toy")
+    registry.unregister("toy")
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def test_a_router_that_no_spec_expresses_stays_the_models_own(model, x):
             }
         )
 
-    families.unregister("toy")
-    families.register(Family(**{**{n: getattr(TOY, n) for n in TOY.__dataclass_fields__}, "spec": external}))
+    registry.unregister("toy")
+    registry.register(Family(**{**{n: getattr(TOY, n) for n in TOY.__dataclass_fields__}, "spec": external}))
     expected, _ = model(x)
     assert len(patch(model).replaced) == 3
     assert close(model(x)[0], expected)

@@ -14,7 +14,7 @@ from torch import nn
 
 import moerunner
 from moerunner import SpecError, UnsupportedError
-from moerunner.models import families
+from moerunner.models import families, registry
 from moerunner.models.entry import UNIVERSAL, Family, Keys, MissingKey, activation, groups, renormalised
 from moerunner.spec import ActivationSpec, GroupSpec, MoESpec
 
@@ -153,11 +153,11 @@ def test_the_names_of_families_stand_in_no_other_file():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_blocks_of_a_family_are_found_by_their_class(case):
-    family = families.of_model_type(CASES[case][0])
+    family = registry.of_model_type(CASES[case][0])
     assert family is not None
-    found = [m for m in build(case).modules() if families.find(type(m)) is family]
+    found = [m for m in build(case).modules() if registry.find(type(m)) is family]
     assert found
-    assert families.find(nn.Linear) is None
+    assert registry.find(nn.Linear) is None
 
 
 REAL = {
@@ -189,7 +189,7 @@ REAL = {
 def test_the_keys_of_published_configs_are_all_known(name):
     from transformers import AutoConfig
 
-    family = families.of_model_type(name)
+    family = registry.of_model_type(name)
     assert family is not None
     config = AutoConfig.for_model(name, **{"num_experts_per_tok": 6, **REAL[name]})
     assert family.read(config, layer=1).top_k == 6
@@ -197,15 +197,15 @@ def test_the_keys_of_published_configs_are_all_known(name):
 
 @pytest.fixture
 def mixtral():
-    return families.of_model_type("mixtral")
+    return registry.of_model_type("mixtral")
 
 
 def test_a_block_class_belongs_to_one_entry(mixtral):
-    families.register(mixtral)
+    registry.register(mixtral)
     with pytest.raises(SpecError, match="taken by the family 'mixtral'"):
-        families.register(dataclasses.replace(mixtral, name="other"))
+        registry.register(dataclasses.replace(mixtral, name="other"))
     with pytest.raises(SpecError, match="taken by the family 'mixtral'"):
-        families.register(dataclasses.replace(mixtral, blocks=("somewhere.Block",)))
+        registry.register(dataclasses.replace(mixtral, blocks=("somewhere.Block",)))
 
 
 class Points:
@@ -221,8 +221,8 @@ class Points:
 @pytest.fixture
 def installed(monkeypatch):
     points = Points()
-    monkeypatch.setattr(families, "entry_points", points)
-    monkeypatch.setattr(families, "_plugins_loaded", False)
+    monkeypatch.setattr(registry, "entry_points", points)
+    monkeypatch.setattr(registry, "_plugins_loaded", False)
     return points
 
 
@@ -233,22 +233,22 @@ def test_installed_packages_add_families(mixtral, installed, monkeypatch):
     package.__dict__.update(ONE=one, MORE=[two])
     monkeypatch.setitem(sys.modules, "third_party", package)
     installed.found = (
-        EntryPoint("one", "third_party:ONE", families.GROUP),
-        EntryPoint("more", "third_party:MORE", families.GROUP),
+        EntryPoint("one", "third_party:ONE", registry.GROUP),
+        EntryPoint("more", "third_party:MORE", registry.GROUP),
     )
     try:
-        assert {"one", "two", "mixtral"} <= {f.name for f in families.registered()}
-        assert families.of_model_type("deux") is two
+        assert {"one", "two", "mixtral"} <= {f.name for f in registry.registered()}
+        assert registry.of_model_type("deux") is two
     finally:
-        families.unregister("one")
-        families.unregister("two")
-    assert families.of_model_type("one") is None
+        registry.unregister("one")
+        registry.unregister("two")
+    assert registry.of_model_type("one") is None
 
 
 def test_an_entry_point_that_does_not_load_is_named_and_harms_nobody(installed):
-    installed.found = (EntryPoint("broken", "no_such_package:FAMILY", families.GROUP),)
+    installed.found = (EntryPoint("broken", "no_such_package:FAMILY", registry.GROUP),)
     with pytest.warns(UserWarning, match="no_such_package"):
-        assert families.of_model_type("mixtral") is not None
+        assert registry.of_model_type("mixtral") is not None
 
 
 def test_entries_are_data():

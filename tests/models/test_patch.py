@@ -12,7 +12,7 @@ from tiny import ONE_PER_FAMILY, VOCAB, blocks, build, prompt, relative
 from torch import nn
 
 from moerunner import Layout, SpecError, UnsupportedError
-from moerunner.models import families, patch, runners, unpatch
+from moerunner.models import patch, registry, runners, unpatch
 
 
 @pytest.fixture(params=ONE_PER_FAMILY)
@@ -339,24 +339,46 @@ def test_a_block_without_a_config_is_left_as_it_is(mixtral):
 
 @pytest.fixture
 def without_olmoe():
-    entry = families.of_model_type("olmoe")
-    families.unregister("olmoe")
+    entry = registry.of_model_type("olmoe")
+    registry.unregister("olmoe")
     yield
-    families.register(entry)
+    registry.register(entry)
 
 
-def test_a_family_that_is_not_in_the_table_is_left_as_it_is(without_olmoe):
+def unknown():
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
-    olmoe = OlmoeForCausalLM(OlmoeConfig(vocab_size=VOCAB, num_hidden_layers=2, num_experts=8, **sizes)).eval()
+    return OlmoeForCausalLM(OlmoeConfig(vocab_size=VOCAB, num_hidden_layers=2, num_experts=8, **sizes)).eval()
+
+
+def test_of_a_family_that_is_not_in_the_table_the_experts_are_run_alone(without_olmoe):
+    olmoe = unknown()
+    before = logits(olmoe)
+    report = patch(olmoe)
+    assert [r.name for r in report.replaced] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert {r.family for r in report.replaced} == {"olmoe (experts only)"}
+    assert not report.skipped
+    assert relative(logits(olmoe), before) <= 1e-5
+    assert "forward" not in olmoe.model.layers[0].mlp.__dict__
+    experts, x = olmoe.model.layers[0].mlp.experts, torch.randn(5, 32)
+    ids = torch.tensor([[0, 7], [3, 8], [8, 8], [1, 5], [6, 2]])
+    weights = torch.rand(5, 2)
+    y = experts(x, ids, weights)
+    unpatch(olmoe)
+    here = ids < 8  # 8 marks an expert of another rank, and adds nothing
+    assert relative(y, experts(x, torch.where(here, ids, 0), torch.where(here, weights, 0.0))) <= 2e-6
+
+
+def test_experts_with_a_gate_of_their_own_are_left_as_they_are(without_olmoe, monkeypatch):
+    olmoe = unknown()
+    kind = type(olmoe.model.layers[0].mlp.experts)
+    monkeypatch.setattr(kind, "_apply_gate", lambda self, h: h.chunk(2, -1)[0])
     before = logits(olmoe)
     report = patch(olmoe)
     assert not report.replaced
-    assert [s.name for s in report.skipped] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert "OlmoeSparseMoeBlock" in report.skipped[0].reason
+    assert "OlmoeExperts: has a gate of its own" in report.skipped[0].reason
     assert torch.equal(logits(olmoe), before)
-    assert "forward" not in olmoe.model.layers[0].mlp.__dict__
 
 
 class Lookalike(nn.Module):
@@ -463,7 +485,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_another_block(mixtral):
     assert len(patch(block).replaced) == 1
     unpatch(block)
     block.__class__ = type("Overrides", (kind,), {"forward": lambda self, x: x})
-    assert "Overrides" in patch(block).skipped[0].reason
+    assert patch(block).replaced[0].name == "experts"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Model families as data, and moerunner inside the models that have them."""
 
-from moerunner.models import families
+from moerunner.models import families, registry
 from moerunner.models.adapt import patch, runners, unpatch
-from moerunner.models.entry import Family, Keys, Router, View
+from moerunner.models.entry import Family, Joined, Keys, Router, View
 from moerunner.models.load import load, load_weights
 from moerunner.models.report import Replaced, Report, Skipped
 
 __all__ = [
     "Family",
+    "Joined",
     "Keys",
     "Replaced",
     "Report",
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "load_weights",
     "patch",
+    "registry",
     "runners",
     "unpatch",
 ]

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
-from moerunner.models.entry import Change, Family
+from moerunner.models.entry import Change, Family, Joined
+from moerunner.ops.precision import wide
+from moerunner.ops.route import gate_logits
 from moerunner.plan import Options
 from moerunner.runner import MoERunner
 from moerunner.spec import MoESpec
@@ -31,21 +33,34 @@ class Changed(Exception):
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a module: its canonical name, its attribute, how it is stored otherwise than in `shape`."""
+    """A tensor of a module: its canonical name, its attribute, how it is stored otherwise than in `shape`.
+
+    index: its place among the tensors that `entry.Joined` puts together.
+    """
 
     name: str
     attribute: str
     change: Change
     shape: tuple[int, ...]
+    index: int = 0
 
     def read(self, module: nn.Module) -> Tensor:
         """The tensor as it is now, in the spec's shape. Raises `Changed` if it is no plain tensor any more."""
         tensor = getattr(module, self.attribute)
         if type(tensor) not in PLAIN:
             raise Changed(f"{self.attribute} is now a {type(tensor).__name__}")
+        return self.see(tensor)
+
+    def see(self, tensor: Tensor) -> Tensor:
+        """The tensor in the spec's shape. Raises RuntimeError where that needs a copy or more numbers than there are."""
         if self.change == "transposed":
             return tensor.mT
-        return tensor.view(self.shape) if self.change == "reshaped" else tensor
+        if self.change == "reshaped":
+            return tensor.view(self.shape)
+        if self.change == "reshaped transposed":
+            *outer, rows, columns = self.shape
+            return tensor.view(*outer, columns, rows).mT
+        return tensor.narrow(0, 0, self.shape[0]) if self.change == "leading" else tensor
 
 
 @dataclass(frozen=True)
@@ -92,14 +107,26 @@ class Source:
 
     def __call__(self) -> LayerWeights:
         """Raises `Changed` where a tensor or a module is not what it was."""
-        found = {held.name: held.read(module) for part, module in self.modules() for held in part.held}
+        found: dict[str, Tensor | None] = {}
+        parts: dict[str, dict[int, Tensor]] = {}
+        for part, module in self.modules():
+            for held in part.held:
+                tensor = held.read(module)
+                if isinstance(self.family.weights[held.name], Joined):
+                    parts.setdefault(held.name, {})[held.index] = tensor
+                else:
+                    found[held.name] = tensor
+        for name, by_index in parts.items():
+            joined = self.family.weights[name]
+            assert isinstance(joined, Joined)
+            found[name] = joined.join([tensor for _, tensor in sorted(by_index.items())])
         gate_up = self.family.gate_up if self.spec.experts.gated else "none"
         many = self.spec.routing.modalities > 1
         sets = []
         for index in range(self.spec.routing.modalities):
             suffix = f".{index}" if many else ""
             sets.append(ExpertWeights.of({n: found.pop(n + suffix, None) for n in _EXPERT_NAMES}, gate_up))
-        return LayerWeights(tuple(sets), found)
+        return LayerWeights(tuple(sets), {name: tensor for name, tensor in found.items() if tensor is not None})
 
     def modules(self) -> Iterator[tuple[Part, nn.Module]]:
         """The modules as they are now.
@@ -150,6 +177,17 @@ def placed_by_accelerate(module: nn.Module) -> bool:
     return getattr(getattr(module, "_hf_hook", None), "offload", True) is False and hasattr(module, "_old_forward")
 
 
+def refuse_training(block: nn.Module, family: Family) -> None:
+    """Raises `UnsupportedError` if the block, in training mode, would do what the runner does not."""
+    for path, what in family.training.items():
+        if not path or reach(block, path):
+            raise UnsupportedError(
+                f"{what} in training, which the runner does not" + f" ({path} is {reach(block, path)!r})" * bool(path),
+                where=type(block).__name__,
+                next_step=f"{f'Set {path} to 0, ' if path else ''}call model.eval(), or moerunner.unpatch(model)",
+            )
+
+
 class PatchedForward:
     """Callable in place of one block's `forward`, with its arguments and its result.
 
@@ -167,22 +205,21 @@ class PatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block, family = self.source.block, self.source.family
-        if family.training_noise and block.training and getattr(block, family.training_noise):
-            raise UnsupportedError(
-                f"adds noise to its input in training ({family.training_noise}), which the runner does not",
-                where=type(block).__name__,
-                next_step="Set it to 0, call model.eval(), or moerunner.unpatch(model)",
-            )
+        if block.training:
+            refuse_training(block, family)
         try:
             given = self._arguments(args, kwargs)
-            answer, chosen = self._ask_router(block, given["x"])
-            hidden = self.runner(**given, **chosen)
+            answer, chosen = self._ask_router(block, given)
+            hidden = self.runner(given["x"], **chosen)
         except Changed as change:
             self._tell(change)
             return type(block).forward(block, *args, **kwargs)
         if family.returns == ("hidden",):
             return hidden
-        return tuple(hidden if place == "hidden" else answer[place] for place in family.returns)
+        named = {"hidden": hidden, "flat": hidden.flatten(0, -2), "logits": None}
+        if "logits" in family.returns:
+            named["logits"] = self._own_logits(chosen)
+        return tuple(named[place] if isinstance(place, str) else answer[place] for place in family.returns)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         takes = self.source.family.takes
@@ -196,26 +233,57 @@ class PatchedForward:
             raise Changed(f"it is called with {len(args)} arguments, the family's entry knows {len(takes)}")
         return given
 
-    def _ask_router(self, block: nn.Module, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The router module's own answer, and what of it the runner takes: nothing if nobody needs the call.
+    def _ask_router(self, block: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The router module's own answer, and what the runner is given beside the tokens.
 
-        Recorders want to see the logits: the runner routes by them. Any other hook, or a replaced forward, may have
-        changed the choice: then weights and ids are taken as they come.
+        The router is called only if somebody needs it. Recorders want to see the logits: the runner routes by them. Any other
+        hook, or a replaced forward, may have changed the choice: then weights and ids are taken as they come.
         """
-        family, spec = self.source.family, self.source.spec
-        router = family.router
+        family, spec, x = self.source.family, self.source.spec, given["x"]
+        router, types, chosen = family.router, spec.routing.modalities, {}
+        if spec.routing.choose == "hash":
+            chosen["input_ids"] = given.get("input_ids")
+        if types > 1:  # a type beyond the last set is one more kind of what that set is for
+            asked = given.get("token_types")
+            zeros = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+            chosen["token_types"] = zeros if asked is None else asked.to(torch.int64).clamp(0, types - 1)
+        if "logits" in family.returns:
+            tensors = self.source().tensors
+            rows = x.reshape(-1, x.shape[-1])
+            chosen["router_logits"] = gate_logits(rows, tensors["gate"], tensors.get("gate_bias"), spec.routing)
+        if "ids" in given:
+            return (), {"topk": self._choice(given["weights"], given["ids"])}
         if router is None:
-            return (), {}
+            return (), chosen
         external = spec.routing.score == "external"
-        if not (external or family.returns != ("hidden",) or self.source.router_is_watched()):
-            return (), {}
+        calls = external or any(isinstance(place, int) for place in family.returns)
+        if not (calls or self.source.router_is_watched()):
+            return (), chosen
         list(self.source.modules())  # what raises must raise before the call: a router must not be called twice
-        answer = block.get_submodule(router.path)(x.reshape(-1, x.shape[-1]) if router.flat else x)
+        named = {**given, "x": x.reshape(-1, x.shape[-1]) if router.flat else x}
+        passed = [name for name in router.takes if name != "input_ids" or spec.routing.choose == "hash"]
+        answer = block.get_submodule(router.path)(*(reach(block, n[1:]) if n[0] == "." else named.get(n) for n in passed))
         if external or self.source.router_is_watched(recorders=False):
-            weights, ids = answer[router.weights], answer[router.ids]
-            scaled = not spec.apply_routed_scale_to_output
-            return answer, {"topk": TopK(ids.to(torch.int64), weights.float(), scaled=scaled)}
-        return answer, {"router_logits": answer[router.logits]}
+            choice = router.choice
+            weights, ids = choice(answer, spec.top_k) if choice else (answer[router.weights], answer[router.ids])
+            return answer, {"topk": self._choice(weights, ids)}
+        if router.logits is not None:
+            chosen["router_logits"] = answer[router.logits]
+        return answer, chosen
+
+    def _choice(self, weights: Tensor, ids: Tensor) -> TopK:
+        """A choice made elsewhere. An id beyond the experts is how Transformers marks one that another rank holds."""
+        spec = self.source.spec
+        ids = torch.where(ids < spec.num_experts + spec.zero_experts, ids, -1).to(torch.int64)
+        return TopK(ids, wide(weights), scaled=not spec.apply_routed_scale_to_output)
+
+    def _own_logits(self, chosen: Mapping[str, Any]) -> Tensor:
+        """[T, E] of the experts that each token may choose from."""
+        logits, sets = chosen["router_logits"], self.source.spec.routing.modalities
+        if sets == 1:
+            return logits
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        return logits.unflatten(1, (sets, -1))[rows, chosen["token_types"].reshape(-1)]
 
     def _tell(self, change: Changed) -> None:
         if not self._told:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.spec import ActivationSpec, GroupSpec, MoESpec
@@ -72,7 +76,7 @@ class Keys:
         return sorted(n for n in names if CHANGES_THE_LAYER.search(n.rsplit(".")[-1]) and alias.get(n, n) not in known)
 
 
-Change = Literal["", "transposed", "reshaped"]
+Change = Literal["", "transposed", "reshaped", "reshaped transposed", "leading"]
 
 
 @dataclass(frozen=True)
@@ -80,30 +84,63 @@ class View:
     """A tensor of the block that is stored otherwise than `MoESpec.weight_shapes` has it; seen without a copy.
 
     `transposed`: the last two dimensions are swapped. `reshaped`: same numbers in the same order, another shape.
+    `reshaped transposed`: the layer's tensor is the transposed of the reshaped. `leading`: only the first rows are the layer's.
     """
 
     path: str
-    change: Change
+    change: Change = ""
 
 
-def as_view(source: str | View) -> View:
-    """A plain path is a tensor that is stored in the canonical shape."""
-    return View(source, "") if isinstance(source, str) else source
+@dataclass(frozen=True)
+class Joined:
+    """Several tensors of the block that are one for the layer: put together along `dim` at each call, which is a copy.
+
+    For small tensors, and for blocks that keep every expert in a module of its own: in a single part, `{}` stands for the
+    number of the expert, and the tensors are stacked.
+    """
+
+    parts: tuple[str | View, ...]
+    dim: int = 0
+
+    def join(self, pieces: list[Tensor]) -> Tensor:
+        """The layer's tensor, from the block's in order."""
+        return torch.stack(pieces) if len(self.parts) == 1 else torch.cat(pieces, self.dim)
+
+
+Stored = str | View | Joined
+
+
+def pieces(stored: Stored, shape: tuple[int, ...]) -> list[tuple[View, tuple[int, ...]]]:
+    """The tensors of a block that make up one of the layer's with this shape, each with the shape it is to be seen in."""
+    if not isinstance(stored, Joined):
+        return [(View(stored) if isinstance(stored, str) else stored, shape)]
+    parts = [View(part) if isinstance(part, str) else part for part in stored.parts]
+    if len(parts) == 1:
+        return [(dataclasses.replace(parts[0], path=parts[0].path.format(e)), shape[1:]) for e in range(shape[0])]
+    part = (*shape[: stored.dim], shape[stored.dim] // len(parts), *shape[stored.dim + 1 :])
+    return [(view, part) for view in parts]
 
 
 @dataclass(frozen=True)
 class Router:
     """The block's own router module: `path` on the block, and the place of its results in what it returns.
 
-    flat: it is called with [tokens, hidden]; otherwise with the block's input as it is. The module is called when someone
-    listens to it or `returns` needs it; a spec with score="external" takes weights and ids from it always.
+    flat: it is called with [tokens, hidden]; otherwise with the block's input as it is. takes: its arguments: a name that
+        `Family.takes` gives to an argument of the block, or `.path` for an attribute of the block. `input_ids` are passed
+        only where the spec routes by table.
+    logits: place of the logits, None where there are none. weights, ids: places of the choice. choice: for a router that
+        answers in another form: from its answer and k to weights and ids, [T, k]; an id of -1 is no expert.
+    The module is called when someone listens to it or `returns` needs it; a spec with score="external" takes weights and ids
+    from it always.
     """
 
     path: str = "gate"
-    logits: int = 0
+    logits: int | None = 0
     weights: int = 1
     ids: int = 2
     flat: bool = False
+    takes: tuple[str, ...] = ("x",)
+    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,26 +151,35 @@ class Family:
     blocks: full names of the block classes, `package.module.Class`. A subclass counts if its `forward` is inherited.
     spec: the layer's `MoESpec` with config keys in place of numbers. It raises `UnsupportedError` for values that the family
         knows and moerunner does not; a key that looks like it matters and is not read is an error unless `ignored` says why.
-    weights: canonical names (`MoESpec.weight_shapes`; `shared_gate_proj` and `shared_up_proj` may stand for `shared_w13`) to
-        paths on the block. Names that a spec does not need are left out. gate_up: how rows of gate and up lie in w13.
+    weights: canonical names (`MoESpec.weight_shapes`; `shared_gate_proj` and `shared_up_proj` may stand for `shared_w13`, and
+        with `_bias` behind them for `shared_b13`) to paths on the block. Names that a spec does not need are left out.
+    gate_up: how rows of gate and up lie in w13.
     holds: attributes that the block took from the config when it was built; one that differs now is refused.
-    takes: the block's arguments in order, and what each is to `MoERunner.forward`.
-    returns: what the block returns: `hidden` alone, or a tuple of it and of places in the router's result.
-    training_noise: attribute that holds the strength of noise on the block's input in training; must be 0 there.
+    takes: the block's arguments in order, and what each is to `MoERunner.forward`, or to `Router.takes`. `weights` and `ids`
+        are a choice that the caller has made, for blocks that are nothing but the experts.
+    returns: what the block returns: `hidden` alone, or a tuple of it (`flat`: as [tokens, hidden]), of places in the router's
+        result, and of `logits`, the gate's product (of the token's own set, where there are several).
+    training: what the block does in training mode and the runner does not, by the attribute that says how strongly (0 and None:
+        not at all; "" always). Such a block is refused in training mode.
     """
 
     name: str
     blocks: tuple[str, ...]
     spec: Callable[[Keys], MoESpec]
-    weights: Mapping[str, str | View]
+    weights: Mapping[str, Stored]
     aliases: tuple[str, ...] = ()
     gate_up: GateUp = "concat"
     router: Router | None = field(default_factory=Router)
     ignored: Mapping[str, str] = field(default_factory=dict)
     holds: Mapping[str, str] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=lambda: {"hidden_states": "x"})
-    returns: tuple[Literal["hidden"] | int, ...] = ("hidden",)
-    training_noise: str = ""
+    returns: tuple[Literal["hidden", "flat", "logits"] | int, ...] = ("hidden",)
+    training: Mapping[str, str] = field(default_factory=dict)
+
+    def like(self, name: str, *blocks: str, package: str = "", **changes: Any) -> Family:
+        """The entry of a family whose blocks are the same but for what `changes` says; blocks as in `hf`."""
+        changes = {"aliases": (), **changes}
+        return dataclasses.replace(self, name=name, blocks=hf(package or name, *blocks), **changes)
 
     def read(self, config: Any, layer: int | None = None) -> MoESpec:
         """The spec of one layer.

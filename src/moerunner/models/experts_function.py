@@ -1,6 +1,6 @@
-"""`experts_implementation="moerunner"`: the experts alone, through Transformers' own registry, for any family that asks it.
+"""The experts alone, for any family: as `experts_implementation="moerunner"`, and for `patch` where no entry has the block.
 
-`moerunner.announce` registers the function when Transformers' registry is imported.
+`moerunner.announce` registers the function when Transformers' own registry of such functions is imported.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
 from moerunner.experts import fused_experts
-from moerunner.models.entry import activation, activation_names
-from moerunner.spec import ActivationSpec
+from moerunner.models.entry import Family, Keys, Stored, View, activation, activation_names
+from moerunner.spec import ActivationSpec, ExpertsSpec, MoESpec, RoutingSpec
 from moerunner.values import GateUp
 
 NAME = "moerunner"
@@ -57,7 +58,7 @@ def run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     return y.to(hidden_states.dtype)
 
 
-_ELSE = "Use another experts_implementation for this model, or moerunner.patch if its family is known"
+_ELSE = "Transformers' own functions run it: another experts_implementation, or none"
 
 
 def _activation(module: Any) -> ActivationSpec:
@@ -70,11 +71,14 @@ def _activation(module: Any) -> ActivationSpec:
         raise UnsupportedError(what, where=kind.__name__, next_step=_ELSE)
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedError("norms the experts' output", where=kind.__name__, next_step=_ELSE)
-    found = _by_class().get(type(module.act_fn))
+    found = _FUNCTIONS.get(module.act_fn) or _by_class().get(type(module.act_fn))
     if found is None:
-        what = f"its activation {type(module.act_fn).__name__} is not offered"
+        what = f"its activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)} is not offered"
         raise UnsupportedError(what, where=kind.__name__, next_step=_ELSE)
     return found
+
+
+_FUNCTIONS = {F.silu: activation("silu"), F.gelu: activation("gelu"), F.relu: activation("relu")}
 
 
 @functools.cache
@@ -82,6 +86,47 @@ def _by_class() -> dict[type, ActivationSpec]:
     from transformers.activations import ACT2FN
 
     return {type(ACT2FN[name]): activation(name) for name in activation_names()}
+
+
+class ExpertsOnly(Family):
+    """An entry made of a module itself: its class says how it is stored, and no config is read."""
+
+    def read(self, config: Any, layer: int | None = None) -> MoESpec:
+        return self.spec(Keys(config, layer))
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module was made for Transformers' registry of experts functions."""
+    return all(flag in module.__dict__ for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+
+
+def as_family(module: nn.Module) -> Family:
+    """An entry for an experts module of a family that is not in the table. Raises `UnsupportedError` as `run_experts` does."""
+    m: Any = module
+    act = _activation(m)
+    first = "gate_up_proj" if m.has_gate else "up_proj"
+    change = "transposed" if m.is_transposed else ""
+    weights: dict[str, Stored] = {"w13": View(first, change), "w2": View("down_proj", change)}
+    if m.has_bias:
+        weights |= {"b13": f"{first}_bias", "b2": "down_proj_bias"}
+    count, hidden, width = m.down_proj.mT.shape if m.is_transposed else m.down_proj.shape
+    spec = MoESpec(
+        hidden_size=hidden,
+        num_experts=count,
+        top_k=min(count, getattr(m.config, "num_experts_per_tok", None) or 1),  # for estimates: the choice comes from outside
+        routing=RoutingSpec(score="external"),
+        experts=ExpertsSpec(intermediate_size=width, activation=act, gated=m.has_gate, bias=m.has_bias),
+        apply_routed_scale_to_output=False,
+    )
+    kind = type(m)
+    return ExpertsOnly(
+        name=f"{m.config.model_type} (experts only)",
+        blocks=(f"{kind.__module__}.{kind.__qualname__}",),
+        spec=lambda _: spec,
+        weights=weights,
+        router=None,
+        takes={"hidden_states": "x", "top_k_index": "ids", "top_k_weights": "weights"},
+    )
 
 
 def register() -> None:

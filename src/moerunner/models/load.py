@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moerunner.errors import CheckpointError, UnsupportedError
 from moerunner.models.checkpoint import CONFIG, GENERATION, Recipe, guarded, read_json, read_recipe, read_tensors, some
-from moerunner.models.entry import as_view
+from moerunner.models.entry import pieces
 from moerunner.models.fill import Filling, check, check_kind, progress, stream
 from moerunner.models.live import Live, take
 from moerunner.models.names import Arrangement, Naming
@@ -220,9 +220,10 @@ def _dtypes(naming: Naming, arranged: Arrangement, dtype: torch.dtype) -> dict[s
     kept = naming.model._get_dtype_plan(dtype)
     in_float32 = re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in kept) or r"(?!)")
     biases = {
-        f"{site.name}.{as_view(site.family.weights['selection_bias']).path}"
+        f"{site.name}.{view.path}"
         for site in sites(naming.model)
         if site.family is not None and "selection_bias" in site.family.weights
+        for view, _ in pieces(site.family.weights["selection_bias"], (0,))
     }
     found = {}
     for name, leader in arranged.led_by.items():

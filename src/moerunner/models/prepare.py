@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
-from moerunner.models import families
-from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, slot_of
-from moerunner.models.entry import Family, MissingKey, View, as_view
+from moerunner.models import registry
+from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, refuse_training, slot_of
+from moerunner.models.entry import Family, MissingKey, View, pieces
+from moerunner.models.experts_function import as_family, is_experts_module
 from moerunner.plan import Options
 from moerunner.spec import MoESpec
 from moerunner.values import LayerWeights
@@ -39,19 +39,25 @@ class Site:
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every MoE block of a model, by the class of the module. Nothing is looked for inside a block of a known family."""
+    """Every MoE block of a model, by the class of the module. Nothing is looked for inside a block of a known family.
+
+    Of an unknown block whose experts can be run alone, those are the site.
+    """
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str, owners: tuple[nn.Module, ...]) -> Iterator[Site]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        family = families.find(type(module))
-        if family is not None or _looks_like_moe(module):
+        family = registry.find(type(module))
+        if family is not None or is_experts_module(module):
             yield Site(name, module, family, owners)
-        if family is None:
-            for child, below in module.named_children():
-                yield from walk(below, f"{name}.{child}" if name else child, (module, *owners))
+            return
+        children = module.named_children()
+        inside = [s for child, m in children for s in walk(m, f"{name}.{child}" if name else child, (module, *owners))]
+        if _looks_like_moe(module) and not any(is_experts_module(site.block) for site in inside):
+            yield Site(name, module, None, owners)
+        yield from inside
 
     return walk(model, "", ())
 
@@ -82,6 +88,8 @@ def source_of(site: Site) -> Source:
     if slot_of(block) == "forward" and present is not None:
         raise UnsupportedError(f"its forward was replaced by {present!r}")
     family, config, spec = spec_of(site)
+    if block.training:
+        refuse_training(block, family)
     built = {path: reach(block, path) for path in family.holds}
     for path, key in family.holds.items():
         if built[path] != getattr(config, key):
@@ -100,9 +108,10 @@ def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
     Raises as `prepare` does.
     """
     family = site.family
+    if family is None and is_experts_module(site.block):
+        family = as_family(site.block)
     if family is None:
-        owner = families.forward_owner(type(site.block))
-        raise UnsupportedError(f"no family entry has the class {owner.__module__}.{owner.__qualname__}")
+        raise UnsupportedError(registry.why_not(type(site.block)))
     layer, missing = getattr(site.block, "layer_idx", site.layer), "there is none"
     for module in (site.block, *site.block.children(), *site.owners):
         config = getattr(module, "config", None)
@@ -121,14 +130,17 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
     if "shared_gate_proj" in family.weights and "shared_w13" in shapes:
         rows, hidden = shapes.pop("shared_w13")
         shapes["shared_gate_proj"] = shapes["shared_up_proj"] = (rows // 2, hidden)
+        if shapes.pop("shared_b13", None):
+            shapes["shared_gate_proj_bias"] = shapes["shared_up_proj_bias"] = (rows // 2,)
     held: dict[str, list[Held]] = {}
     for name, shape in shapes.items():
         if name not in family.weights:
             raise UnsupportedError(f"the entry {family.name!r} does not say where {name} is")
-        view = as_view(family.weights[name])
-        path, _, attribute = view.path.rpartition(".")
-        _check_tensor(reach(block, view.path), view, shape)
-        held.setdefault(path, []).append(Held(name, attribute, view.change, shape))
+        for index, (view, seen) in enumerate(pieces(family.weights[name], shape)):
+            path, _, attribute = view.path.rpartition(".")
+            one = Held(name, attribute, view.change, seen, index)
+            _check_tensor(reach(block, view.path), view, one)
+            held.setdefault(path, []).append(one)
     router = family.router.path if family.router is not None else None
     parts = []
     for path, module in block.named_modules():
@@ -141,21 +153,26 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
 
 def _check_kind(block: nn.Module, path: str, kind: type) -> None:
     """Adapters and quantisers put classes of their own in place of the model's; a runner would pass over what they do."""
-    owner = families.forward_owner(kind)
-    home = families.forward_owner(type(block)).__module__.rpartition(".")[0]
+    owner = registry.forward_owner(kind)
+    home = registry.forward_owner(type(block)).__module__.rpartition(".")[0]
     if owner.__module__.rpartition(".")[0] != home and not owner.__module__.startswith(_PLAIN_MODULES):
         raise UnsupportedError(f"{path} is a {owner.__module__}.{owner.__qualname__}, not the model's own module")
 
 
-def _check_tensor(tensor: Any, view: View, shape: tuple[int, ...]) -> None:
+def _check_tensor(tensor: Any, view: View, held: Held) -> None:
     if not isinstance(tensor, Tensor):
         raise UnsupportedError(f"it has no tensor {view.path}")
     if type(tensor) not in PLAIN:
         raise UnsupportedError(f"{view.path} is a {type(tensor).__name__}, not a plain tensor")
-    got = tuple(tensor.mT.shape) if view.change == "transposed" and tensor.ndim > 1 else tuple(tensor.shape)
-    fits = tensor.numel() == math.prod(shape) and tensor.is_contiguous() if view.change == "reshaped" else got == shape
+    if tensor.is_meta:
+        raise UnsupportedError(f"{view.path} has no data: it is on the meta device")
+    try:
+        fits = tuple(held.see(tensor).shape) == held.shape
+    except RuntimeError:
+        fits = False
     if not fits:
-        raise UnsupportedError(f"{view.path} has shape {list(got)}, its config asks for {list(shape)}")
+        change = f", {view.change}" * bool(view.change)
+        raise UnsupportedError(f"{view.path} has shape {list(tensor.shape)}, its config asks for {list(held.shape)}{change}")
 
 
 def _check_tensors(weights: LayerWeights) -> None:

@@ -235,6 +235,8 @@ def _shared(spec: MoESpec, weights: LayerWeights, x: Tensor, choice: Choice) -> 
     layout = "concat" if s.gated else "none"
     if "shared_gate_proj" in t:
         t["shared_w13"] = torch.cat([t["shared_gate_proj"], t["shared_up_proj"]])
+        if "shared_gate_proj_bias" in t:
+            t["shared_b13"] = torch.cat([t["shared_gate_proj_bias"], t["shared_up_proj_bias"]])
     if s.gate == "router":
         factor = spec.routed_scaling_factor
         parts = [_mlp(x, t["shared_w13"][j], t["shared_w2"][j], None, None, s.activation, layout) for j in range(s.count)]

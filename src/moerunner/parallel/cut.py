@@ -39,6 +39,8 @@ def _cut_shared(spec: SharedSpec, tensors: Mapping[str, Tensor], rank: int, size
         ("shared_up_proj", -2, 1),
         ("shared_w2", -1, 1),
         ("shared_b13", -1, halves),
+        ("shared_gate_proj_bias", -1, 1),
+        ("shared_up_proj_bias", -1, 1),
     ):
         if name in cut:
             cut[name] = cut_width(cut[name], dim, rank, size, parts=parts)
