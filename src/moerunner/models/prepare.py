@@ -164,8 +164,6 @@ def _check_tensor(tensor: Any, view: View, held: Held) -> None:
         raise UnsupportedError(f"it has no tensor {view.path}")
     if type(tensor) not in PLAIN:
         raise UnsupportedError(f"{view.path} is a {type(tensor).__name__}, not a plain tensor")
-    if tensor.is_meta:
-        raise UnsupportedError(f"{view.path} has no data: it is on the meta device")
     try:
         fits = tuple(held.see(tensor).shape) == held.shape
     except RuntimeError:
