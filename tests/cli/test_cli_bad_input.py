@@ -26,10 +26,20 @@ def change_weights(folder, change):
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-@pytest.fixture(params=["verify", "generate"])
+def reading(verb, cli):
+    return lambda path: cli(verb, path, *(["abc"] if verb == "generate" else []))
+
+
+@pytest.fixture(params=["verify", "generate", "inspect"])
 def on(request, cli):
     """Each verb that reads a folder."""
-    return lambda path: cli("verify", path) if request.param == "verify" else cli("generate", path, "abc")
+    return reading(request.param, cli)
+
+
+@pytest.fixture(params=["verify", "generate"])
+def loading(request, cli):
+    """Each verb that needs the weights."""
+    return reading(request.param, cli)
 
 
 def test_a_path_that_does_not_exist(on, tmp_path):
@@ -55,9 +65,21 @@ def test_a_config_with_impossible_values(on, folder):
     refused(on(folder), 2, "99")
 
 
-def test_a_folder_without_weights(on, folder):
+@pytest.mark.parametrize("text", ["[]", '"deepseek_v3"', "3", "null", "{}"])
+def test_a_config_that_is_no_object_or_an_empty_one(on, folder, text):
+    (folder / "config.json").write_text(text)
+    refused(on(folder), 2, "config.json", "model_type")
+
+
+def test_a_folder_without_weights(loading, folder):
     (folder / WEIGHTS).unlink()
-    refused(on(folder), 2, "holds no weights", "safetensors")
+    refused(loading(folder), 2, "holds no weights", "safetensors")
+
+
+def test_quantised_weights(loading, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    refused(loading(folder), 3, "quantised (fp8)")
 
 
 def test_a_truncated_file(on, folder):
@@ -89,6 +111,15 @@ def test_a_model_without_moe_blocks_cannot_be_verified(cli, tmp_path):
 
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     refused(cli("verify", tmp_path / "llama"), 3, "LlamaForCausalLM", "no MoE block")
+
+
+def test_a_model_of_which_moerunner_would_run_nothing_is_not_generated_with(cli, tmp_path, monkeypatch):
+    from moerunner import models
+    from moerunner.verify import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    refused(cli("generate", tmp_path / "llama", "abc"), 3, "llama", "no MoE block", "--allow-unpatched")
 
 
 def test_a_model_type_that_transformers_does_not_know(on, folder):
@@ -143,6 +174,7 @@ def test_an_empty_prompt(cli, saved):
 def test_a_device_that_is_not_here(cli):
     refused(cli("verify", "--family", "mixtral", "--device", "cuda:77"), 3, "cuda:77", "moerunner env")
     refused(cli("verify", "--family", "mixtral", "--device", "abacus"), 3, "abacus")
+    refused(cli("inspect", "anywhere", "--device", "abacus"), 3, "abacus")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +192,11 @@ def test_a_device_that_is_not_here(cli):
         ["generate", "somewhere"],
         ["generate", "somewhere", "text", "--temperature", "-1"],
         ["generate", "somewhere", "text", "--temperature", "hot"],
+        ["inspect"],
+        ["inspect", "somewhere", "--ep", "0"],
+        ["inspect", "somewhere", "--tp", "two"],
+        ["inspect", "somewhere", "--dtype", "int8"],
+        ["families", "somewhere"],
         ["no_such_verb"],
     ],
 )

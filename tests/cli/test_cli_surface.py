@@ -33,9 +33,12 @@ SURFACE = {
         "--seed",
         "--dtype",
         "--device",
+        "--allow-unpatched",
         "--json",
         "--debug",
     },
+    "inspect": {"path", "--ep", "--tp", "--dtype", "--device", "--explain", "--json", "--debug"},
+    "families": {"--markdown", "--json", "--debug"},
     "env": {"--json", "--debug"},
 }
 

@@ -99,10 +99,84 @@ def test_generate_says_what_moerunner_did_not_run(cli, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "llama")
     (tmp_path / "llama" / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(tmp_path / "llama")
-    outcome = cli("generate", tmp_path / "llama", "abc", "--max-new-tokens", 2)
+    outcome = cli("generate", tmp_path / "llama", "abc", "--max-new-tokens", 2, "--allow-unpatched")
     assert outcome.code == 0
     assert "note: the model has no MoE block" in outcome.err
     assert parsed(cli("generate", saved, "abc", "--max-new-tokens", 2, "--json"))["report"]["skipped"] == []
+
+
+def test_inspect_for_people_and_for_machines(cli, saved):
+    outcome = cli("inspect", saved, "--ep", 2, "--tp", 2)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    for words in (
+        "deepseek_v3, DeepseekV3ForCausalLM, float32 (by the config)",
+        "MoE in 2 of the 3 layers of model.layers: 1-2\n",
+        "of which each of 4 ranks holds",
+        "model.layers.1-2.mlp, 2 layers",
+        "8 of width 32, 2 for each token",
+        "1 of 2 groups by their two best",
+        "1.7 on the weights",
+        "not triton: runs on cuda, not on cpu" if not torch.cuda.is_available() else "triton",
+    ):
+        assert words in outcome.out
+    assert "plan " not in outcome.out
+    data = parsed(cli("inspect", saved, "--json"))
+    assert (data["ok"], data["model_type"], data["layers"], data["files"]) == (True, "deepseek_v3", 3, True)
+    assert data["stacks"] == [{"name": "model.layers", "layers": 3, "moe": [1, 2]}]
+    (kind,) = data["kinds"]
+    assert kind["spec"]["num_experts"] == 8
+    assert kind["plan"]["backend"] == kind["plan"]["steps"][4]["kernel"]
+    assert data["left_alone"] == data["notes"] == []
+
+
+def test_inspect_explains_the_whole_plan(cli, saved):
+    outcome = cli("inspect", saved, "--ep", 2, "--explain")
+    assert "dp 1 x ep 2 x tp 1" in outcome.out
+    assert "collectives: all_reduce over ep" in outcome.out
+
+
+def test_inspect_needs_no_weights_and_reads_none(cli, folder, monkeypatch):
+    from moerunner.models.tensorfile import Reader
+
+    monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("a weight was read"))
+    whole = parsed(cli("inspect", folder, "--json"))
+    (folder / "model.safetensors").unlink()
+    outcome = cli("inspect", folder)
+    assert outcome.code == 0
+    assert "note: no weights were looked at" in outcome.out
+    bare = parsed(cli("inspect", folder, "--json"))
+    assert (bare["files"], bare["bytes"], bare["kinds"]) == (False, whole["bytes"], whole["kinds"])
+
+
+def test_inspect_a_quantised_model(cli, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    outcome = cli("inspect", folder, "--dtype", "bfloat16")
+    assert outcome.code == 0
+    assert "note: the weights are quantised (fp8) and cannot be loaded yet; sizes are those of plain bfloat16" in outcome.out
+
+
+def test_inspect_a_model_without_moe(cli, tmp_path):
+    from moerunner.verify import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    outcome = cli("inspect", tmp_path)
+    assert outcome.code == 0
+    assert "3 layers, and no MoE block" in outcome.out
+    assert parsed(cli("inspect", tmp_path, "--json"))["kinds"] == []
+
+
+def test_families_for_people_and_for_machines(cli):
+    from moerunner.models import registry
+
+    outcome = cli("families")
+    assert (outcome.code, outcome.err) == (0, "")
+    data = parsed(cli("families", "--json"))
+    assert [row["name"] for row in data["rows"]] == [family.name for family in registry.registered()]
+    assert all(f"\n{row['name']}" in outcome.out for row in data["rows"])
+    assert cli("families", "--markdown").out.startswith("# Model families\n")
+    assert parsed(cli("families", "--markdown", "--json")) == data
 
 
 def test_env_for_people_and_for_machines(cli):

@@ -21,7 +21,7 @@ from moerunner.cli.shell import (
     torch_dtype,
     verb,
 )
-from moerunner.errors import CheckpointError
+from moerunner.errors import CheckpointError, UnsupportedError
 
 
 @verb
@@ -35,6 +35,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    allow_unpatched: Annotated[
+        bool, typer.Option("--allow-unpatched", help="Run a model without a block that moerunner knows, too.")
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
@@ -42,9 +45,13 @@ def run(
     quiet_transformers()
     from moerunner.generate import generate
     from moerunner.models import load
+    from moerunner.models.inspection import inspect
 
     screen = Screen(quiet=json)
-    model = load(path, dtype=torch_dtype(dtype), device=torch_device(device))  # draws a bar of its own
+    weights, where = torch_dtype(dtype), torch_device(device)
+    if not allow_unpatched:
+        refuse_without_a_block(inspect(path, dtype=weights, device=where))
+    model = load(path, dtype=weights, device=where)  # draws a bar of its own
     tokenizer = load_tokenizer(path)
     made = generate(
         model,
@@ -64,6 +71,17 @@ def run(
         for line in left_alone(report):
             print(f"note: {line}", file=sys.stderr)
     return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict(), "report": report.to_dict()})
+
+
+def refuse_without_a_block(found: Any) -> None:
+    """Before minutes of loading: a model of which moerunner would run nothing is not what it was asked to generate with."""
+    if not found.kinds:
+        reasons = [f"{name}: {reason}" for name, reason in found.left_alone.items()]
+        raise UnsupportedError(
+            f"moerunner would run no layer of this model ({'; '.join(reasons) or 'it has no MoE block'})",
+            where=found.path,
+            next_step="Give --allow-unpatched to run it with Transformers' own code",
+        )
 
 
 def left_alone(report: Any) -> list[str]:

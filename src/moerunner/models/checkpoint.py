@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         where = _weight_map(path / INDEX)
         files = [path / name for name in sorted(set(where.values()))]
     else:
-        raise _no_weights(path)
+        raise no_weights(path)
     tensors: dict[str, Stored] = {}
     doubled = []
     for file in files:
@@ -216,7 +216,7 @@ def _check_index(path: Path, where: dict[str, str], tensors: dict[str, Stored]) 
             )
 
 
-def _no_weights(path: Path) -> MoEError:
+def no_weights(path: Path) -> MoEError:
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     shards = [name for name in names if _SHARD.fullmatch(name)]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
