@@ -4,16 +4,16 @@ One file per way of scoring the experts. Every entry was compared with Transform
 (tests/models).
 """
 
-from moerunner.models.families import chosen, grouped, softmax
+from moerunner.models.families import chosen, external, grouped, softmax
 
-TABLE = (*softmax.TABLE, *grouped.TABLE, *chosen.TABLE)
+TABLE = (*softmax.TABLE, *grouped.TABLE, *chosen.TABLE, *external.TABLE)
 
 # Blocks that look like a mixture of experts and stay as they are, with the reason.
 LEFT_ALONE = {
     "transformers.models.doge.modeling_doge.DogeCDMoE": (
         "its experts are rows of two embeddings, and what it computes for a token depends on the other tokens of the batch"
     ),
-    "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA": (
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": (
         "its experts are the projections of an attention layer, which has to run between the two products"
     ),
     "transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeSparseMLP": (

@@ -11,12 +11,17 @@ SHARED = {
     "shared_up_proj": "shared_experts.up_proj.weight",
     "shared_w2": "shared_experts.down_proj.weight",
 }
-GATED_SHARED = {
+SHARED_BIASES = {
+    "shared_gate_proj_bias": "shared_experts.gate_proj.bias",
+    "shared_up_proj_bias": "shared_experts.up_proj.bias",
+    "shared_b2": "shared_experts.down_proj.bias",
+}
+ONE_SHARED = {
     "shared_gate_proj": "shared_expert.gate_proj.weight",
     "shared_up_proj": "shared_expert.up_proj.weight",
     "shared_w2": "shared_expert.down_proj.weight",
-    "shared_gate": "shared_expert_gate.weight",
 }
+GATED_SHARED = ONE_SHARED | {"shared_gate": "shared_expert_gate.weight"}
 CORRECTED = EXPERTS | SHARED | {"selection_bias": "gate.e_score_correction_bias"}
 AT_ROUTER = EXPERTS | {"gate": "router.weight"}
 HOLDS_NORM = {"gate.top_k": "num_experts_per_tok", "gate.norm_topk_prob": "norm_topk_prob"}
