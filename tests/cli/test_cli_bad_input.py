@@ -155,6 +155,18 @@ def test_a_folder_without_a_tokenizer(cli, folder):
     assert "random tokens, seed 0" in outcome.out
 
 
+def test_a_folder_without_a_tokenizer_of_a_model_for_which_transformers_makes_one_up(cli, tmp_path, monkeypatch):
+    from moerunner import models
+    from moerunner.verify import tiny_model
+
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    outcome = cli("verify", tmp_path, "--tokens", 16)
+    assert outcome.code == 0
+    assert "random tokens, seed 0" in outcome.out
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    refused(cli("generate", tmp_path, "abc"), 2, "tokenizer.json")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -175,6 +175,7 @@ def test_ranges(numbers, text):
 def test_names_that_differ_in_their_index_go_together():
     names = ["a.0.mlp", "a.1.mlp", "b.0.mlp", "a.2.moe", "a.2.mlp", "head"]
     assert together(names) == {"a.0-2.mlp": 3, "b.0.mlp": 1, "a.2.moe": 1, "head": 1}
+    assert together(["block.1.layer.2.mlp", "block.3.layer.2.mlp", "block.5.layer.2.mlp"]) == {"block.1-5/2.layer.2.mlp": 3}
 
 
 @pytest.mark.parametrize(

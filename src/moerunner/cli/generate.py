@@ -49,10 +49,11 @@ def run(
 
     screen = Screen(quiet=json)
     weights, where = torch_dtype(dtype), torch_device(device)
+    looked_at = inspect(path, dtype=weights, device=where)
     if not allow_unpatched:
-        refuse_without_a_block(inspect(path, dtype=weights, device=where))
-    model = load(path, dtype=weights, device=where)  # draws a bar of its own
+        refuse_without_a_block(looked_at)
     tokenizer = load_tokenizer(path)
+    model = load(path, dtype=weights, device=where)  # draws a bar of its own
     made = generate(
         model,
         tokenizer,
@@ -74,7 +75,7 @@ def run(
 
 
 def refuse_without_a_block(found: Any) -> None:
-    """Before minutes of loading: a model of which moerunner would run nothing is not what it was asked to generate with."""
+    """Generating with a model of which moerunner would run nothing is not what was asked for."""
     if not found.kinds:
         reasons = [f"{name}: {reason}" for name, reason in found.left_alone.items()]
         raise UnsupportedError(
@@ -100,13 +101,13 @@ def speed(made: Any) -> str:
 
 def load_tokenizer(path: Any) -> Any:
     """The tokenizer of a model folder; text cannot be made without one."""
-    from transformers import AutoTokenizer
+    from moerunner.models.checkpoint import read_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:  # what Transformers raises for absent and for broken files
+    found = read_tokenizer(path)
+    if found is None:
         raise CheckpointError(
             "has no tokenizer that Transformers can read",
             where=str(path),
             next_step="Put tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error
+        )
+    return found

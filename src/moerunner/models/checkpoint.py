@@ -109,6 +109,17 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def read_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a folder, None where there is none: for some models Transformers makes up one that knows no word."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError):  # what Transformers raises for absent and for broken files
+        return None
+    return found if found("a", add_special_tokens=False)["input_ids"] else None
+
+
 def check_folder(path: Path) -> None:
     """Raises a CheckpointError unless the path is a folder with something in it."""
     try:

@@ -299,9 +299,12 @@ def _named(weights: LayerWeights) -> dict[str, Tensor]:
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """A block's name as the stack of layers, the index in it (None without one), and what follows."""
+    """A block's name as the stack of layers, the index in it (None without one), and what follows.
+
+    The stack is the outermost one: some models keep the parts of a layer in a list too.
+    """
     parts = name.split(".")
-    at = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
+    at = min((i for i, part in enumerate(parts) if part.isdigit()), default=None)
     if at is None:
         return "", None, name
     return ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moerunner import models
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import adapt
+from moerunner.models.checkpoint import read_tokenizer
 from moerunner.verify.capture import recorded
 from moerunner.verify.layer import Comparison
 from moerunner.verify.loading import compare_loading
@@ -68,7 +69,7 @@ def verify(
         net = _cast(tiny_model(family, seed=seed), dtype)
     elif isinstance(model, str | Path):
         net = models.load(model, dtype=dtype, device=device)
-        tokenizer = tokenizer or _tokenizer(model)
+        tokenizer = tokenizer or read_tokenizer(model)
     else:
         net = _cast(model, dtype)
     if device is not None:
@@ -106,15 +107,6 @@ def damaged_weights(model: nn.Module) -> list[str]:
             if bad:
                 found.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
     return found
-
-
-def _tokenizer(path: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):  # what Transformers raises for a folder without a tokenizer
-        return None
 
 
 def _sample(model: Any, tokenizer: Any, text: str | None, count: int, seed: int) -> tuple[Tensor, str]:
