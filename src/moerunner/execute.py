@@ -53,6 +53,7 @@ class Verbs:
         self._finish = self._chain("finish", "out")
         self._experts_step, self._combine_step = self._only("experts"), self._only("combine")
         self._scales_weights, self._route_name = self._only("route").scales, self._only("route").name
+        self._rule = _one_launch_rule() if self._only("route").one_launch else route
         scale = plan.step("scale") or next((s for s in plan.steps if s.verb == "experts" and s.scales), None)
         self._scale_name = scale.name if scale is not None else ""
         on_input = self.spec.routing.weights_on == "input"
@@ -150,7 +151,8 @@ class Verbs:
                 seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype)
             logits = gate_logits(seen, w.tensors["gate"], w.tensors.get("gate_bias"), routing)
         get, sets = w.tensors.get, range(routing.modalities)
-        return route(
+        double = logits is not None and logits.dtype == torch.float64  # a caller's, which one launch would round to float32
+        return (route if double else self._rule)(
             logits,
             spec,
             selection_bias=get("selection_bias"),
@@ -255,6 +257,12 @@ class Verbs:
 _UNARY = {
     "pad", "trim", "scale", "select", "shard", "reduce", "row_norm", "input_transform", "output_transform", "final_transform"
 }  # fmt: skip
+
+
+def _one_launch_rule() -> Callable[..., TopK]:
+    from moerunner.kernels.route import route as one_launch  # on first use: Triton may be absent
+
+    return one_launch
 
 
 def _cut(weight: Tensor | None, width: int) -> Tensor | None:

@@ -33,11 +33,24 @@ def follow(PDL: tl.constexpr):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, warps: int, stages: int = 3, first: bool = False
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    device: torch.device,
+    warps: int,
+    stages: int = 3,
+    first: bool = False,
+    exact: bool = False,
 ) -> None:
-    """Runs a kernel that takes `PDL` last and calls `follow` first. first: it follows none of ours and starts plainly."""
+    """Runs a kernel that takes `PDL` last and calls `follow` first.
+
+    first: it follows none of ours and starts plainly. exact: it rounds as PyTorch's elementwise kernels do, so no product is
+    contracted into a sum and no tiny value becomes 0.
+    """
     pdl = not INTERPRETING and _hopper(device)
     extra = {"launch_pdl": not first} if pdl else {}
+    if exact and not INTERPRETING:
+        extra |= {"enable_fp_fusion": False} | ({} if torch.version.hip else {"enable_reflect_ftz": False})
     kernel[grid](*args, PDL=pdl, num_warps=warps, num_stages=stages, **extra)
 
 

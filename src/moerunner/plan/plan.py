@@ -110,7 +110,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Equal on ranks that issue the same collectives for the same layer; kernels on a rank are its own affair."""
-        own = {"kernel", "reason", "refused", "few", "dequantises"}
+        own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch"}
         steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
         data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, steps]
         return hashlib.sha256(json.dumps(data, default=str, sort_keys=True).encode()).hexdigest()[:16]

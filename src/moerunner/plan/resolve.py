@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from functools import partial
 
@@ -114,9 +115,32 @@ class _Builder:
         if r.score != "external" and r.simulate is None:
             self.add("gate", value="topk", reads="tokens", reason="reads the caller's tokens at full width")
         in_weights = not spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
-        kernel = "simulated" if r.simulate else ("the caller" if r.score == "external" else r.score)
         reason = f"the factor {spec.routed_scaling_factor} is applied to the weights" if in_weights else ""
-        self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason)
+        if r.simulate is not None or r.score == "external":
+            kernel = "simulated" if r.simulate else "the caller"
+            self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason)
+            return
+        against = self._against_one_launch()
+        kernel = r.score if against else f"{r.score} in one launch"
+        refused = (("one launch", against),) if against else ((r.score, f"one launch is preferred on {self.device}"),)
+        self.add(
+            "route", value="topk", kernel=kernel, scales=in_weights, reason=reason, refused=refused, one_launch=not against
+        )
+
+    def _against_one_launch(self) -> str:
+        """Why `kernels/route.py` cannot route this layer; empty when it does."""
+        experts, k = self.spec.num_experts + self.spec.zero_experts, self.spec.top_k
+        if self.device != "cuda":
+            return f"runs on cuda, not on {self.device}"
+        if importlib.util.find_spec("triton") is None:
+            return "needs triton, which is not installed"
+        if self.dtype == "float64":
+            return "computes in float32, the tokens are float64"
+        if self.options.grad:
+            return "has no backward"
+        if self.options.batch_invariant:
+            return "is not batch invariant"
+        return f"holds 1024 experts of which 32 are chosen, not {k} of {experts}" if experts > 1024 or k > 32 else ""
 
     def _shared_and_zero(self) -> None:
         spec, layout = self.spec, self.layout

@@ -1,0 +1,367 @@
+"""Routing in one launch: the custom op `moerunner::route`, from logits to ids and weights.
+
+The rules are those of `ops/route.py`, in float32, with the same roundings: scores are the same bits wherever PyTorch computes
+them element by element, so that the same experts win. A row of logits lies in the registers of one warp. The best key is taken
+K times; a key that was taken holds its place from then on, so ids and weights are stored from where their logits lie.
+
+Shape suffixes: T tokens, E experts that can be chosen (zero experts too), K chosen, S router-weighted shared experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from moerunner.errors import SpecError
+from moerunner.kernels.common import INTERPRETING, blocks, computable, follow, launch, power_of_2
+from moerunner.spec import MoESpec
+from moerunner.values import TopK
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sigmoid_topk", "sparsemixer")
+RENORMALISE = ("none", "sum", "max_sum", "p_norm")
+
+_PLAIN = tl.constexpr(INTERPRETING)
+_SOFTMAX, _SIGMOID, _SQRTSOFTPLUS, _SOFTMAX_TOPK, _SIGMOID_TOPK, _SPARSEMIXER = (tl.constexpr(i) for i in range(6))
+_SUM, _MAX_SUM, _P_NORM = (tl.constexpr(i) for i in range(1, 4))
+_NEG = tl.constexpr(float("-inf"))
+_TAKEN = tl.constexpr(-(2**31))
+"""Keys are ordered as int32 above -2139095041, which is -inf; below is room for the places of those that were taken."""
+
+
+@triton.jit
+def _exp(x):
+    """PyTorch's, to the bit: `tl.exp` rounds x * log2(e) first. The interpreter has none of these functions."""
+    if _PLAIN:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def _tanh(x):
+    if _PLAIN:
+        return (1.0 - 2.0 / (tl.exp(2.0 * x.to(tl.float64)) + 1.0)).to(tl.float32)
+    else:
+        return libdevice.tanh(x)
+
+
+@triton.jit
+def _log1p(x):
+    if _PLAIN:
+        wide = x.to(tl.float64)
+        return tl.where(wide < 1e-4, wide - wide * wide / 2.0, tl.log(1.0 + wide)).to(tl.float32)
+    else:
+        return libdevice.log1p(x)
+
+
+@triton.jit
+def _sigmoid(z):
+    return tl.div_rn(1.0, 1.0 + _exp(-z))
+
+
+@triton.jit
+def _logits(at, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits, scaled and capped; -inf outside."""
+    z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        z = z * SCALE
+    if SOFTCAP is not None:
+        z = SOFTCAP * _tanh(z * (1.0 / SOFTCAP))  # how PyTorch divides by a number on a GPU
+    return tl.where(inside, z, _NEG)
+
+
+@triton.jit
+def _ordered(key):
+    """int32 that sort as the float32 keys do: NaN equals -inf, -0 equals 0."""
+    key = tl.where(key != key, _NEG, key)
+    bits = key.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+@triton.jit
+def _take(order, K: tl.constexpr):
+    """The K largest of each row [.., L], the first of equals first, become `_TAKEN` + their place.
+
+    Two reductions of whole numbers, each one instruction of a warp; a reduction of pairs would be ten.
+    """
+    L: tl.constexpr = order.shape[1]
+    lane = tl.arange(0, L)[None, :]
+    for place in range(K):
+        best = tl.max(order, 1, keep_dims=True)
+        first = tl.min(tl.where(order == best, lane, L), 1, keep_dims=True)
+        order = tl.where(lane == first, _TAKEN + place, order)
+    return order
+
+
+@triton.jit
+def _keep_groups(key, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST_TWO: tl.constexpr, FILL: tl.constexpr, GP: tl.constexpr):
+    """Keys with those of the groups that lose replaced by FILL. Lanes [G, M] per row, both rounded up."""
+    ROWS: tl.constexpr = key.shape[0]
+    MP: tl.constexpr = key.shape[1] // GP
+    of = tl.reshape(tl.where(key != key, _NEG, key), (ROWS, GP, MP))
+    best = tl.max(of, 2)
+    if BEST_TWO:
+        member = tl.arange(0, MP)[None, None, :]
+        first = tl.min(tl.where(of == best[:, :, None], member, MP), 2)
+        best += tl.max(tl.where(member == first[:, :, None], _NEG, of), 2)
+    order = tl.where(tl.arange(0, GP)[None, :] < GROUPS, _ordered(best), _TAKEN + KEPT)
+    kept = (_take(order, KEPT) < _TAKEN + KEPT)[:, :, None]
+    return tl.where(tl.reshape(tl.broadcast_to(kept, (ROWS, GP, MP)), (ROWS, GP * MP)), key, FILL)
+
+
+@triton.jit
+def _close_to(top, z, left, JITTER: tl.constexpr):
+    """Sparsemixer's weight of the expert with logit `top`: a softmax over what is left and lies close to it."""
+    far = tl.div_rn(top - z, tl.maximum(tl.abs(z), top)) > 2.0 * JITTER
+    near = tl.where(far, _NEG, left)
+    peak = tl.max(near, 1, keep_dims=True)
+    return tl.div_rn(_exp(top - peak), tl.sum(_exp(near - peak), 1, keep_dims=True))
+
+
+# A stride that is known to be 1 would give a thread neighbouring logits. Unknown, it gives a thread every 32nd, which is how
+# PyTorch sums a softmax (so these sums are the same bits too), and ids need not change threads before they are stored.
+@triton.jit(do_not_specialize=["T", "stride_e"])
+def _route(
+    logits,
+    selection_bias,
+    per_expert_scale,
+    global_scale,
+    hash_table,
+    input_ids,
+    token_types,
+    ids_TK,
+    weights_TK,
+    shared_TS,
+    T,
+    stride_t,
+    stride_e,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SCORE: tl.constexpr,
+    BY_LOGIT: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BEST_TWO: tl.constexpr,
+    FILL: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    EPS: tl.constexpr,
+    P: tl.constexpr,
+    JITTER: tl.constexpr,
+    SETS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GP: tl.constexpr,
+    MP: tl.constexpr,
+    KP: tl.constexpr,
+    SP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS tokens, each [GP * MP] lanes: GROUPS groups of E // GROUPS experts, both rounded up to powers of two."""
+    follow(PDL)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = t < T
+    row = logits + t * stride_t
+    lane = tl.arange(0, GP * MP)[None, :]
+    if (GROUPS == 1) or (E // GROUPS == MP):
+        e, real = lane, lane < E
+    else:
+        M: tl.constexpr = E // GROUPS
+        e, real = lane // MP * M + lane % MP, (lane // MP < GROUPS) & (lane % MP < M)
+    if (hash_table is None) or (SCORE == _SOFTMAX):
+        z = _logits(row + e.to(tl.int64) * stride_e, inside & real, LOGIT_SCALE, SOFTCAP)
+        if SETS > 1:
+            own = e // (E // SETS) == tl.load(token_types + t, mask=inside, other=0)
+            z = tl.where(own, z, _NEG)
+        if SCORE == _SOFTMAX:
+            peak = tl.max(z, 1, keep_dims=True)
+            total = tl.sum(_exp(z - peak), 1, keep_dims=True)
+    if hash_table is not None:
+        place = tl.arange(0, KP)[None, :]
+        chosen = inside & (place < K)
+        word = tl.load(input_ids + t, mask=inside, other=0).to(tl.int64)
+        e = tl.load(hash_table + word * K + place, mask=chosen, other=-1).to(tl.int64)
+        z = _logits(row + e * stride_e, chosen & (e >= 0) & (e < E), LOGIT_SCALE, SOFTCAP)
+
+    if SCORE == _SOFTMAX:
+        w = tl.div_rn(_exp(z - peak), total)
+    elif SCORE == _SQRTSOFTPLUS:
+        w = tl.sqrt_rn(tl.where(z > 20.0, z, _log1p(_exp(z))))
+    elif (SCORE == _SIGMOID) or (SCORE == _SIGMOID_TOPK):  # noqa: SIM109 - Triton has no `in`
+        w = _sigmoid(z)
+
+    if hash_table is None:
+        if BY_LOGIT:
+            key = z
+        else:
+            key = w
+        if selection_bias is not None:
+            key += tl.load(selection_bias + e, mask=real, other=0.0).to(tl.float32)
+        if SETS > 1:
+            key = tl.where(own, key, _NEG)
+        if GROUPS > 1:
+            key = _keep_groups(tl.where(real, key, _NEG), GROUPS, KEPT, BEST_TWO, FILL, GP)
+        order = _take(tl.where(real, _ordered(key), _TAKEN + K), K)
+        chosen = inside & (order < _TAKEN + K)
+        place = tl.where(chosen, order & 0x7FFFFFFF, K)
+
+    if SCORE == _SOFTMAX_TOPK:
+        peak = tl.max(tl.where(chosen, z, _NEG), 1, keep_dims=True)
+        w = tl.where(chosen, _exp(z - peak), 0.0)
+        w = tl.div_rn(w, tl.sum(w, 1, keep_dims=True))
+    elif SCORE == _SPARSEMIXER:
+        top = tl.sum(tl.where(place == 0, z, 0.0), 1, keep_dims=True)
+        second = tl.sum(tl.where(place == 1, z, 0.0), 1, keep_dims=True)
+        left = tl.where(place == 0, _NEG, z)
+        w = tl.where(place == 0, _close_to(top, z, z, JITTER), _close_to(second, z, left, JITTER))
+    w = tl.where(chosen, w, 0.0)
+    if S > 0:
+        s = tl.arange(0, SP)[None, :]
+        has = inside & (s < S)
+        shared = tl.where(has, _sigmoid(_logits(row + (E + s).to(tl.int64) * stride_e, has, LOGIT_SCALE, SOFTCAP)), 0.0)
+
+    if RENORMALISE != 0:
+        if RENORMALISE == _P_NORM:
+            size = tl.sum(tl.exp(tl.log(w.to(tl.float64)) * P), 1, keep_dims=True)
+            if S > 0:
+                size += tl.sum(tl.exp(tl.log(shared.to(tl.float64)) * P), 1, keep_dims=True)
+            size = tl.exp(tl.log(size) / P).to(tl.float32)
+        else:
+            size = tl.sum(w, 1, keep_dims=True)
+            if S > 0:
+                size += tl.sum(shared, 1, keep_dims=True)
+            if RENORMALISE == _SUM:
+                size += EPS
+            else:
+                size = tl.where(size < EPS, EPS, size)  # a select, so that NaN stays NaN
+        w = tl.div_rn(w, size)
+        if S > 0:
+            shared = tl.div_rn(shared, size)
+    if per_expert_scale is not None:
+        w *= tl.load(per_expert_scale + e, mask=chosen, other=0.0).to(tl.float32)
+    if global_scale is not None:
+        factor = tl.load(global_scale).to(tl.float32)
+        w *= factor
+        if S > 0:
+            shared *= factor
+    if FACTOR != 1.0:
+        w *= FACTOR
+        if S > 0:
+            shared *= FACTOR
+    tl.store(ids_TK + t * K + place, e.to(tl.int64), mask=chosen)
+    tl.store(weights_TK + t * K + place, w, mask=chosen)
+    if S > 0:
+        tl.store(shared_TS + t * S + s, shared, mask=has)
+
+
+@torch.library.custom_op("moerunner::route", mutates_args=())
+def triton_route(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    per_expert_scale: Tensor | None,
+    global_scale: Tensor | None,
+    hash_table: Tensor | None,
+    input_ids: Tensor | None,
+    token_types: Tensor | None,
+    experts: int,
+    top_k: int,
+    score: int,
+    by_logit: bool,
+    logit_scale: float,
+    logit_softcap: float | None,
+    groups: int,
+    kept: int,
+    best_two: bool,
+    fill: float,
+    renormalise: int,
+    eps: float,
+    p: float,
+    jitter: float,
+    modalities: int,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [T, K] int64, weights [T, K] and weights of shared experts [T, S], both float32.
+
+    Args:
+        logits: [T, experts + S], any strides, float32 or narrower. selection_bias, per_expert_scale: [E]; global_scale: [1].
+        hash_table: [vocab, K], with input_ids [T] in place of a choice by key. token_types: [T], with modalities above 1.
+        score: index into `SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0; groups=1 is
+            none. renormalise: index into `RENORMALISE`. factor: on all weights.
+    """
+    tokens, device = logits.shape[0], logits.device
+    ids, weights, shared = _empty(logits, experts, top_k)
+    if tokens == 0:
+        return ids, weights, shared
+    gp, mp = power_of_2(groups), power_of_2(experts // groups)
+    rows, warps = tile(tokens, gp * mp)
+    z: Tensor = computable(logits)  # type: ignore[assignment]
+    learned = (selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types)
+    launch(
+        _route, (blocks(tokens, rows),), z,
+        *(None if t is None else computable(t.contiguous()) for t in learned), ids, weights, shared,
+        tokens, *z.stride(), experts, top_k, shared.shape[1], score, by_logit, logit_scale, logit_softcap,
+        groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
+        gp, mp, power_of_2(top_k), power_of_2(max(1, shared.shape[1])), rows,
+        device=device, warps=warps, first=True, exact=True,
+    )  # fmt: skip
+    return ids, weights, shared
+
+
+@triton_route.register_fake
+def _(
+    logits, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, experts, top_k, score, by_logit,
+    logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
+):  # fmt: skip
+    return _empty(logits, experts, top_k)
+
+
+def _empty(logits: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, device = logits.shape[0], logits.device
+    ids = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    return ids, weights, torch.empty(tokens, logits.shape[1] - experts, dtype=torch.float32, device=device)
+
+
+def tile(tokens: int, lanes: int) -> tuple[int, int]:
+    """Tokens and warps of a program: one warp per token, a wide row in four while tokens are few; as measured on an H200."""
+    if tokens <= 1024:
+        return 1, 4 if lanes >= 512 else 1
+    rows = max(1, min(4, 256 // lanes))
+    return rows, rows
+
+
+def route(
+    logits: Tensor,
+    spec: MoESpec,
+    *,
+    selection_bias: Tensor | None = None,
+    per_expert_scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    hash_table: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    token_types: Tensor | None = None,
+    num_tokens: int | None = None,
+    device: torch.device | None = None,
+    scale: bool = False,
+) -> TopK:
+    """`ops.route.route` on float32 logits (or narrower ones). num_tokens, device: of simulated routing, which this is not."""
+    r = spec.routing
+    g = r.groups
+    if r.choose == "hash" and (hash_table is None or input_ids is None):
+        raise SpecError("needs the tokens' ids", where="routing by hash table", next_step="Pass input_ids to the runner")
+    if r.modalities > 1 and token_types is None:
+        raise SpecError("needs the tokens' types", where="modality routing", next_step="Pass token_types to the runner")
+    ids, weights, shared = triton_route(
+        logits, selection_bias, per_expert_scale, global_scale, hash_table if r.choose == "hash" else None, input_ids,
+        token_types, spec.num_experts + spec.zero_experts, spec.top_k, SCORES.index(r.score),
+        r.choose == "logit" or r.score == "sparsemixer", r.logit_scale, r.logit_softcap,
+        g.count if g else 1, g.kept if g else 1, g is not None and g.score == "top2_sum",
+        0.0 if g is not None and g.fill == "zero" else float("-inf"),
+        RENORMALISE.index(r.renormalise), r.eps, r.p, r.jitter, r.modalities, spec.routed_scaling_factor if scale else 1.0,
+    )  # fmt: skip
+    return TopK(ids, weights, scaled=scale, shared_weights=shared if shared.shape[1] else None)

@@ -1,0 +1,267 @@
+"""Routing in one launch: every rule, tie, NaN and shape gives what `ops/route.py` gives; and where a plan chooses it."""
+
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from moerunner import GroupSpec, LayerWeights, MoERunner, MoESpec, Options, RoutingSpec, SharedSpec, SpecError
+from moerunner.execute import Verbs
+from moerunner.kernels import route as module
+from moerunner.kernels.route import route, triton_route
+from moerunner.ops.route import route as plain
+from moerunner.plan import resolve
+from moerunner.spec import ExpertsSpec
+
+UNIT = torch.finfo(torch.float32).eps
+
+
+def layer(*, experts=8, top_k=3, **routing) -> MoESpec:
+    rest = {n: routing.pop(n) for n in ("shared", "zero_experts", "apply_routed_scale_to_output") if n in routing}
+    base = {"hidden_size": 16, "experts": ExpertsSpec(intermediate_size=8), "apply_routed_scale_to_output": False}
+    spec = {**base, "num_experts": experts, "top_k": top_k, "routing": RoutingSpec(**routing), "routed_scaling_factor": 2.5}
+    return MoESpec(**{**spec, **rest})
+
+
+RULES = {
+    "softmax": layer(),
+    "softmax, odd": layer(experts=13, top_k=5, renormalise="sum"),
+    "softmax by logit": layer(choose="logit", selection_bias=True, renormalise="sum", eps=1e-2),
+    "sigmoid": layer(score="sigmoid", selection_bias=True, renormalise="max_sum", eps=0.9),
+    "sqrtsoftplus": layer(score="sqrtsoftplus", selection_bias=True, renormalise="sum"),
+    "softmax_topk": layer(score="softmax_topk", choose="logit"),
+    "sigmoid_topk": layer(score="sigmoid_topk", choose="logit", selection_bias=True),
+    "sparsemixer": layer(score="sparsemixer", top_k=2, jitter=0.2),
+    "sparsemixer, odd": layer(score="sparsemixer", experts=5, top_k=2, logit_scale=0.3),
+    "p-norm of 2": layer(renormalise="p_norm"),
+    "p-norm of 3": layer(score="sigmoid", renormalise="p_norm", p=3.0, shared=SharedSpec(width=8, count=2, gate="router")),
+    "scaled and capped": layer(logit_scale=1.7, logit_softcap=1.2, renormalise="sum"),
+    "scaled down": layer(logit_scale=-1.7, experts=5, choose="logit"),
+    "learned scales": layer(per_expert_scale=True, global_scale=True, experts=11),
+    "shared experts": layer(
+        score="sigmoid", renormalise="sum", global_scale=True, shared=SharedSpec(width=8, count=3, gate="router")
+    ),
+    "zero experts": layer(zero_experts=3, selection_bias=True),
+    "groups, best two": layer(experts=16, score="sigmoid", selection_bias=True, groups=GroupSpec(count=4, kept=2)),
+    "groups, best": layer(experts=16, groups=GroupSpec(count=4, kept=1, score="max"), renormalise="sum"),
+    "groups, odd": layer(experts=15, groups=GroupSpec(count=3, kept=2), score="sigmoid"),
+    "groups, odd members": layer(experts=20, groups=GroupSpec(count=4, kept=2), score="sigmoid"),
+    "groups filled with 0": layer(
+        experts=12, choose="logit", selection_bias=True, groups=GroupSpec(count=4, kept=2, score="max", fill="zero")
+    ),
+    "hash": layer(choose="hash", score="sqrtsoftplus", renormalise="sum", per_expert_scale=True),
+    "hash, softmax": layer(choose="hash", score="softmax"),
+    "hash, softmax_topk": layer(choose="hash", score="softmax_topk"),
+    "modalities": layer(modalities=2, selection_bias=True, renormalise="sum"),
+    "modalities, odd": layer(modalities=3, experts=15, score="softmax_topk", choose="logit"),
+    "one expert": layer(experts=1, top_k=1, score="sigmoid"),
+    "all experts": layer(top_k=8),
+}
+rule = pytest.mark.parametrize("name", list(RULES))
+
+
+def draw_inputs(spec: MoESpec, tokens: int, device: str) -> dict[str, torch.Tensor | None]:
+    r, total = spec.routing, spec.num_experts + spec.zero_experts
+    drawn = {
+        "selection_bias": torch.randn(total) if r.selection_bias else None,
+        "per_expert_scale": torch.rand(total) + 0.5 if r.per_expert_scale else None,
+        "global_scale": torch.rand(1) + 0.5 if r.global_scale else None,
+        "hash_table": torch.randint(total, (7, spec.top_k)) if r.choose == "hash" else None,
+        "input_ids": torch.randint(7, (tokens,)),
+        "token_types": torch.randint(r.modalities, (tokens,)),
+    }
+    return {n: None if t is None else t.to(device) for n, t in drawn.items()}
+
+
+def assert_same(got, expected, units=8):
+    """The same ids and NaN; weights within so many units in the last place (NumPy's functions are not PyTorch's)."""
+    assert torch.equal(got.ids, expected.ids)
+    assert got.scaled == expected.scaled
+    for ours, theirs in ((got.weights, expected.weights), (got.shared_weights, expected.shared_weights)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=units * UNIT, atol=1e-38, equal_nan=True)
+
+
+@rule
+@pytest.mark.parametrize("scale", [False, True])
+def test_every_rule(device, name, scale):
+    spec = RULES[name]
+    z, inputs = 2 * torch.randn(5, spec.num_logits, device=device), draw_inputs(spec, 5, device)
+    assert_same(route(z, spec, scale=scale, **inputs), plain(z, spec, scale=scale, **inputs))
+
+
+@rule
+def test_ties_go_to_the_lowest_id(device, name):
+    """Also between 0 and -0, among equal groups, and where all are equal."""
+    spec = RULES[name]
+    z = torch.randn(6, spec.num_logits).round()
+    z[0], z[1] = 1.0, torch.where(torch.rand(spec.num_logits) < 0.5, 0.0, -0.0)
+    inputs = draw_inputs(spec, 6, device)
+    if inputs["selection_bias"] is not None:
+        inputs["selection_bias"].zero_()
+    assert_same(route(z.to(device), spec, **inputs), plain(z.to(device), spec, **inputs))
+
+
+@rule
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite(device, name, bad):
+    """Some values of a row, or all: the ids are still distinct, and no other row notices."""
+    spec = RULES[name]
+    z = torch.randn(4, spec.num_logits)
+    z[0], z[1, ::2], z[2, -1] = bad, bad, bad
+    inputs = draw_inputs(spec, 4, device)
+    got = route(z.to(device), spec, **inputs)
+    assert_same(got, plain(z.to(device), spec, **inputs))
+    assert spec.routing.choose == "hash" or all(len(set(row)) == spec.top_k for row in got.ids.tolist())
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer"])
+@pytest.mark.parametrize("shift", [-40.0, 40.0])
+def test_large_logits(device, score, shift):
+    choose = "logit" if score.endswith("topk") else "score"
+    spec = layer(experts=6, top_k=2, score=score, choose=choose)
+    z = 5 * torch.randn(4, 6, device=device) + shift
+    assert_same(route(z, spec), plain(z, spec))
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (2, 1), (4, 4)])
+@pytest.mark.parametrize("name", ["softmax", "groups, odd members", "hash", "shared experts", "modalities"])
+def test_tokens_of_one_program(monkeypatch, device, name, tile):
+    """Five tokens, so that the last program is not full."""
+    monkeypatch.setattr(module, "tile", lambda tokens, lanes: tile)
+    spec = RULES[name]
+    z, inputs = torch.randn(5, spec.num_logits, device=device), draw_inputs(spec, 5, device)
+    assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1024, 1025, 100000])
+@pytest.mark.parametrize("lanes", [1, 8, 128, 256, 512, 2048])
+def test_tiles_are_powers_of_two(tokens, lanes):
+    assert all(size in (1, 2, 4) for size in module.tile(tokens, lanes))
+
+
+@rule
+def test_no_tokens(device, name):
+    spec = RULES[name]
+    z, inputs = torch.empty(0, spec.num_logits, device=device), draw_inputs(spec, 0, device)
+    assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
+
+
+def test_as_many_as_there_may_be(device):
+    spec = layer(experts=1024, top_k=32, score="sigmoid", selection_bias=True, groups=GroupSpec(count=64, kept=40))
+    z, inputs = torch.randn(2, 1024, device=device), draw_inputs(spec, 2, device)
+    assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_strides_and_narrow_dtypes(device, dtype):
+    spec = RULES["shared experts"]
+    z, inputs = torch.randn(spec.num_logits, 12, device=device).to(dtype).T[::2], draw_inputs(spec, 6, device)
+    inputs["global_scale"] = inputs["global_scale"].to(dtype)
+    assert not z.is_contiguous()
+    assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
+
+
+@pytest.mark.parametrize(("name", "missing"), [("hash", "input_ids"), ("hash", "hash_table"), ("modalities", "token_types")])
+def test_an_input_that_is_missing(device, name, missing):
+    inputs = {**draw_inputs(RULES[name], 2, device), missing: None}
+    messages = []
+    for rule in (route, plain):
+        with pytest.raises(SpecError) as caught:
+            rule(torch.randn(2, 8, device=device), RULES[name], **inputs)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_opcheck(device, tokens):
+    z, bias = torch.randn(tokens, 10, device=device), torch.randn(8, device=device)
+    numbers = (8, 2, 1, False, 1.0, None, 2, 1, True, 0.0, 1, 0.0, 2.0, 0.01, 1, 1.0)
+    torch.library.opcheck(triton_route, (z, bias, None, None, None, None, None, *numbers))
+
+
+@pytest.mark.parametrize("name", ["groups, best two", "shared experts"])
+def test_compiles_without_a_break(device, name):
+    spec = RULES[name]
+    z, inputs = torch.randn(3, spec.num_logits, device=device), draw_inputs(spec, 3, device)
+
+    def ahead(z):
+        top = route(z * 2, spec, scale=True, **inputs)
+        return top.ids, top.weights + 1
+
+    compiled = torch.compile(ahead, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled(z), ahead(z), strict=True))
+
+
+# ---- the plan
+
+
+def _weights(spec: MoESpec, device: str = "cpu") -> LayerWeights:
+    return LayerWeights.of(spec, {n: 0.2 * torch.randn(s, device=device) for n, s in spec.weight_shapes().items()})
+
+
+def _plan(device="cuda", spec=RULES["sigmoid"], **options):
+    return resolve(spec, None, _weights(spec).meta(), device, Options(**options))
+
+
+def test_a_plan_routes_in_one_launch_on_a_gpu():
+    step = _plan().step("route")
+    assert (step.one_launch, step.name) == (True, "route (sigmoid in one launch)")
+    assert "not sigmoid: one launch is preferred on cuda" in _plan().explain()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "runs on cuda, not on cpu"),
+        ({"grad": True}, "has no backward"),
+        ({"dtype": "float64"}, "computes in float32, the tokens are float64"),
+        ({"spec": layer(experts=2000)}, "holds 1024 experts of which 32 are chosen, not 3 of 2000"),
+        ({"spec": layer(experts=64, top_k=33)}, "holds 1024 experts of which 32 are chosen, not 33 of 64"),
+    ],
+)
+def test_a_plan_that_does_not_says_why(changes, reason):
+    plan = _plan(**changes)
+    step = plan.step("route")
+    assert not step.one_launch
+    assert step.refused == (("one launch", reason),)
+    assert f"not one launch: {reason}" in plan.explain()
+
+
+def test_a_plan_without_triton(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest))
+    assert _plan().step("route").refused == (("one launch", "needs triton, which is not installed"),)
+
+
+@pytest.mark.parametrize("routing", [{"score": "external"}, {"simulate": "uniform"}])
+def test_a_rule_without_logits_names_no_other(routing):
+    step = _plan(spec=layer(**routing)).step("route")
+    assert (step.one_launch, step.refused) == (False, ())
+
+
+def test_ranks_may_route_by_different_kernels():
+    assert _plan().fingerprint == _plan("cpu").fingerprint
+
+
+@pytest.mark.parametrize("name", ["groups, best two", "hash", "modalities", "shared experts", "learned scales"])
+def test_a_runner_routes_by_its_plan(device, name):
+    """The functions of a GPU's plan against those of the plan without it, from the caller's tokens on."""
+    spec = RULES[name]
+    shapes = spec.weight_shapes(vocab_size=7)
+    drawn = {n: torch.randn(s, device=device) for n, s in shapes.items()}
+    if "hash_table" in drawn:
+        drawn["hash_table"] = torch.randint(8, shapes["hash_table"], device=device)
+    weights = LayerWeights.of(spec, drawn)
+    runner = MoERunner(spec, weights)
+    verbs = Verbs(resolve(spec, None, weights.meta(), "cuda"), runner._comm, runner._slots)
+    without = resolve(spec, None, weights.meta(), "cuda", Options(grad=True))
+    x = torch.randn(4, 16, device=device)
+    inputs = {"input_ids": torch.randint(7, (4,), device=device), "token_types": torch.randint(2, (4,), device=device)}
+    expected = Verbs(without, runner._comm, runner._slots).route(x, weights, **inputs)
+    assert_same(verbs.route(x, weights, **inputs), expected)
+    logits = torch.randn(4, spec.num_logits, device=device, dtype=torch.float64)
+    assert verbs.route(x, weights, router_logits=logits, **inputs).weights.dtype == torch.float64
