@@ -208,9 +208,8 @@ class PatchedForward:
         if block.training:
             refuse_training(block, family)
         try:
-            given = self._arguments(args, kwargs)
-            answer, chosen = self._ask_router(block, given)
-            hidden = self.runner(given["x"], **chosen)
+            x, answer, chosen = self.inputs(*args, **kwargs)
+            hidden = self.runner(x, **chosen)
         except Changed as change:
             self._tell(change)
             return type(block).forward(block, *args, **kwargs)
@@ -220,6 +219,12 @@ class PatchedForward:
         if "logits" in family.returns:
             named["logits"] = self._own_logits(chosen)
         return tuple(named[place] if isinstance(place, str) else answer[place] for place in family.returns)
+
+    def inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What a call of the block comes to: the tokens, the router's own answer (empty where it is not asked), and the other
+        arguments of `MoERunner.forward`."""
+        given = self._arguments(args, kwargs)
+        return given["x"], *self._ask_router(self.source.block, given)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         takes = self.source.family.takes

@@ -30,7 +30,7 @@ from moerunner.verify.capture import recorded
 from moerunner.verify.layer import Comparison
 from moerunner.verify.loading import compare_loading
 from moerunner.verify.report import Difference, LayerCheck, VerifyReport, difference
-from moerunner.verify.tiny import tiny_model
+from moerunner.verify.tiny import tiny_inputs, tiny_model
 
 __all__ = ["Difference", "LayerCheck", "VerifyReport", "damaged_weights", "difference", "tiny_model", "verify"]
 
@@ -124,6 +124,19 @@ def _sample(model: Any, tokenizer: Any, text: str | None, count: int, seed: int)
     return ids, "moerunner's own source" if text is None else "the text given"
 
 
+def _run(model: Any, input_ids: Tensor) -> Tensor:
+    """The logits [1, T, vocabulary], or the last hidden states of a model without a head."""
+    try:
+        output = model(**tiny_inputs(model, input_ids), **_without_cache(model))
+    except AttributeError as error:
+        raise UnsupportedError(f"does not run on tokens alone: {error}", where=type(model).__name__) from error
+    return output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Eval mode inside; afterwards patched or not, training or not, as before."""
@@ -145,11 +158,11 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
     with adapt.restored(model):  # the caller's own runners are what is compared
         adapt.unpatch(model)
         with recorded(model, list(replaced)) as calls:
-            expected = model(input_ids=input_ids, use_cache=False).logits
-    actual = model(input_ids=input_ids, use_cache=False).logits
-    runners, layers, first_tie = adapt.runners(model), [], input_ids.shape[1]
+            expected = _run(model, input_ids)
+    actual = _run(model, input_ids)
+    layers, first_tie = [], input_ids.shape[1]
     for name, call in calls.items():
-        comparison = Comparison(name, model.get_submodule(name), runners[name], call, dtype)
+        comparison = Comparison(name, model.get_submodule(name), call, dtype)
         layer, tie = comparison.check(replaced[name].family, replaced[name].backend, oracle_tokens)
         layers.append(layer)
         first_tie = min(first_tie, tie)

@@ -21,12 +21,6 @@ class Call:
     ids: Tensor | None
     weights: Tensor | None
 
-    def tokens(self, width: int) -> Tensor:
-        """The tokens [T, width] that the block read."""
-        values = [*self.args, *self.kwargs.values()]
-        x = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.shape[-1] == width)
-        return x.reshape(-1, width)
-
     def repeat(self, block: nn.Module) -> Tensor:
         """The output of another block, or of this one as it is now, for the same call."""
         return first_tensor(block(*_copy(self.args), **_copy(self.kwargs)))

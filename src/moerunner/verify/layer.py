@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moerunner.models.block import PatchedForward, forward_of
 from moerunner.ops.reference import Choice, reference, reference_route
 from moerunner.runner import MoERunner
 from moerunner.values import TopK
@@ -35,17 +37,42 @@ def weights_bound(dtype: torch.dtype) -> float:
 
 @dataclass
 class Comparison:
-    """A patched block, the runner inside it, and what the block did in Transformers."""
+    """A patched block, and what it did in Transformers."""
 
     name: str
     block: nn.Module
-    runner: MoERunner
     call: Call
     dtype: torch.dtype
 
+    @property
+    def forward(self) -> PatchedForward:
+        found = forward_of(self.block)
+        assert found is not None, "only patched blocks are compared"
+        return found
+
+    @property
+    def runner(self) -> MoERunner:
+        return self.forward.runner
+
     @cached_property
+    def _inputs(self) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens [T, H], and what else the runner is given: a choice made elsewhere, the tokens' ids or types."""
+        x, _, given = self.forward.inputs(*self.call.args, **self.call.kwargs)
+        return x.reshape(-1, x.shape[-1]), given
+
+    @property
     def x_TH(self) -> Tensor:
-        return self.call.tokens(self.runner.spec.hidden_size)
+        return self._inputs[0]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return self._inputs[1]
+
+    def given_to(self, rows: list[int]) -> dict[str, Any]:
+        """The same for some of the tokens, without logits, which the oracle makes itself."""
+        some: dict[str, Any] = {n: v.reshape(-1)[rows] for n, v in self.given.items() if n in ("input_ids", "token_types")}
+        topk = self.given.get("topk")
+        return some if topk is None else {**some, "topk": TopK(topk.ids[rows], topk.weights[rows], scaled=topk.scaled)}
 
     @cached_property
     def expected_TH(self) -> Tensor:
@@ -68,7 +95,7 @@ class Comparison:
 
     @cached_property
     def own_top(self) -> TopK:
-        return self.runner.route(self.x_TH)
+        return self.runner.route(self.x_TH, **self.given)
 
     @cached_property
     def expected_top(self) -> TopK:
@@ -81,7 +108,7 @@ class Comparison:
         """The layer's numbers and verdict, and the first token on which a tie fell the other way (or T)."""
         if not self.own[1]:
             return self._unproven(family, backend), len(self.x_TH)
-        agree_T = (self.own_top.ids.sort(-1).values == self.expected_top.ids.sort(-1).values).all(-1)
+        agree_T = self._agree()
         error_T = (self.own_TH - self.expected_TH).double().abs().amax(-1).cpu()
         error_T = torch.where(agree_T.cpu(), error_T.nan_to_num(nan=torch.inf), 0.0)
         agreeing, differing = agree_T.nonzero().flatten().tolist(), (~agree_T).nonzero().flatten().tolist()
@@ -112,6 +139,13 @@ class Comparison:
         )
         check.problems.extend(self._problems(check, len(differing) - len(tied), len(strange)))
         return check, min(tied, default=len(error_T))
+
+    def _agree(self) -> Tensor:
+        """[T] whether both choose the same experts. One that is chosen with weight 0 is not chosen."""
+        ours, theirs = self.own_top, self.expected_top
+        same = (ours.ids.sort(-1).values == theirs.ids.sort(-1).values).all(-1)
+        counted = [torch.where(top.weights == 0, -1, top.ids).sort(-1).values for top in (ours, theirs)]
+        return same | (counted[0] == counted[1]).all(-1)
 
     def _unproven(self, family: str, backend: str) -> LayerCheck:
         never = Difference(math.inf, math.inf)
@@ -172,7 +206,7 @@ class Comparison:
         return ours.max <= 2 * theirs.max + rounding + ORACLE_SLACK and ours.rms <= 2 * theirs.rms + ORACLE_SLACK
 
     def _choices(self, rows: list[int]) -> dict[int, Choice]:
-        routed = reference_route(self.runner.spec, self.runner.layer_weights(), self.x_TH[rows])
+        routed = reference_route(self.runner.spec, self.runner.layer_weights(), self.x_TH[rows], **self.given_to(rows))
         return dict(zip(rows, routed, strict=True))
 
     def _near_tie(self, row: int, choice: Choice) -> bool:
@@ -189,7 +223,7 @@ class Comparison:
         step = (torch.finfo(self.dtype).eps + 16 * _EPS32) * max(1.0, float(logits.abs().max()))
         shaken = logits + step
         shaken[choice.ids] -= 2 * step
-        moved = reference_route(spec, weights, self.x_TH[[row]], router_logits=shaken[None])[0]
+        moved = reference_route(spec, weights, self.x_TH[[row]], router_logits=shaken[None], **self.given_to([row]))[0]
         return set(moved.ids) != set(choice.ids)
 
     def _against_oracle(self, rows: list[int], choices: dict[int, Choice]) -> tuple[Difference, Difference, int]:
