@@ -74,6 +74,8 @@ def verify(
         net = _cast(model, dtype)
     if device is not None:
         net = net.to(device)
+    if "input_ids" not in inspect.signature(net.forward).parameters:
+        raise UnsupportedError(f"takes {net.main_input_name}, not tokens", where=name)
     if input_ids is None:
         input_ids, sample = _sample(net, tokenizer, text, num_tokens, seed)
     else:
