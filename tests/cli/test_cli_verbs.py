@@ -308,6 +308,14 @@ def test_a_long_name_is_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
     assert "".join(line.split()[0] for line in out.splitlines()[3:] if line.strip()) == name
 
 
+def test_long_cells_are_wrapped_where_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = shell.Screen()
+    screen.terminal = True
+    screen.table(["family", "router"], [["toy", "sigmoid, correction bias in the choice, groups"]], numbers=False, wrap=True)
+    assert " ".join(capsys.readouterr().out.split()).endswith("toy sigmoid, correction bias in the choice, groups")
+
+
 def test_bars_in_a_terminal_without_unicode(capsys, monkeypatch):
     class Layer:
         name, load, imbalance = "layer", [0, 4, 8], 2.0

@@ -150,6 +150,17 @@ def test_a_row_names_the_keys_that_change_it(default):
     assert row.cells() == cells
 
 
+def test_keys_that_only_work_together_are_named_together(default):
+    default(Config(n_group=None, topk_group=None))
+
+    def grouped(c):
+        count, kept = c("n_group"), c("topk_group")
+        groups = GroupSpec(count=count, kept=kept) if count and kept else None
+        return dataclasses.replace(entry().spec(c), routing=RoutingSpec(groups=groups))
+
+    assert matrix.row(dataclasses.replace(entry(), spec=grouped)).groups == "groups by their two best [n_group, topk_group]"
+
+
 def test_a_row_of_a_tower_and_one_of_a_config_that_leaves_sizes_open(default):
     tower = Config(top_k=None)
     outer = Config()

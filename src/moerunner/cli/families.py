@@ -25,7 +25,7 @@ def run(
         screen.write(found.markdown())
     else:
         headers, rows = found.cells()
-        screen.table(headers, rows, numbers=False)
+        screen.table(headers, rows, numbers=False, wrap=True)
         screen.say()
         for row in found.rows:
             if row.reason:

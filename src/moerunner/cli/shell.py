@@ -111,8 +111,8 @@ class Screen:
     def heading(self, text: str) -> None:
         self.say(f"\n\033[1m{text}\033[0m" if self.terminal else f"\n{text}")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
-        """The first column is left-aligned; the others are right-aligned if they are numbers."""
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True, wrap: bool = False) -> None:
+        """The first column is left-aligned, others are right-aligned if they are numbers. wrap: long cells, on a terminal."""
         if self.quiet:
             return
         if self.terminal:
@@ -123,7 +123,7 @@ class Screen:
             table = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
             table.columns[0].overflow = "fold"  # a long name is never cut
             for column in table.columns[1:]:
-                column.justify, column.no_wrap = "right" if numbers else "left", True
+                column.justify, column.no_wrap = "right" if numbers else "left", not wrap
             for row in rows:
                 table.add_row(*row)
             Console(markup=False, highlight=False).print(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ _INTRO = """# Model families
 
 What `moerunner.patch` runs, made from the entries themselves by `moerunner families --markdown`. Each entry is read with the
 default config of its class in Transformers {version}, and again with one key changed at a time: the keys in brackets are what
-a model changes it by. Names of methods are not varied, apart from activations.
+a model changes it by. Names are tried out of a few: {names}.
 """
 _LEFT = """
 ## Other blocks
@@ -80,7 +81,12 @@ class Matrix:
     def markdown(self) -> str:
         """The page docs/families.md."""
         heads, rows = self.cells()
-        lines = [_INTRO.format(version=self.transformers), _line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
+        lines = [
+            _INTRO.format(version=self.transformers, names=", ".join(_NAMES)),
+            _line(heads),
+            _line(["---"] * len(heads)),
+            *map(_line, rows),
+        ]
         left = [f"- `{name}`: {reason}." for name, reason in self.left_alone.items()]
         return "\n".join([*lines, *([_LEFT, *left] if left else [])]) + "\n"
 
@@ -147,14 +153,23 @@ def _words(family: Family, config: Any, specs: dict[MoESpec, int]) -> dict[str, 
 
 
 def _changed(family: Family, config: Any, spec: MoESpec, layer: int) -> list[tuple[str, MoESpec]]:
-    """The spec of one layer with one key changed, for each key that the entry reads and each change that it accepts."""
+    """The spec of one layer with one key changed, for each key that the entry reads and each change that it accepts.
+
+    Keys that the config leaves open are changed in pairs too: a number of groups says nothing without the number to keep.
+    """
     probe, found = _Probe(config), []
     family.spec(Keys(probe, layer))
-    for key in dict.fromkeys(probe.asked):
-        for value in _others(getattr(config, key, None)):
-            with contextlib.suppress(MoEError):
-                found.append((key, family.spec(Keys(_Probe(config, {key: value}), layer))))
+    keys = list(dict.fromkeys(probe.asked))
+    changes = [{key: value} for key in keys for value in _others(getattr(config, key, None))]
+    still_open = [key for key in keys if getattr(config, key, 0) is None]
+    changes += [dict.fromkeys(pair, 2) for pair in itertools.combinations(still_open, 2)]
+    for change in changes:
+        with contextlib.suppress(MoEError):
+            found.append((", ".join(change), family.spec(Keys(_Probe(config, change), layer))))
     return [(key, other) for key, other in found if other != spec]
+
+
+_NAMES = ("gelu", "relu", "sigmoid", "softmax", "sum", "average")  # of activations, scores, joins
 
 
 def _others(value: Any) -> tuple[Any, ...]:
@@ -165,7 +180,7 @@ def _others(value: Any) -> tuple[Any, ...]:
         return tuple(n for n in (0, 1, 2) if n != value)
     if isinstance(value, float):
         return (value + 0.5,)
-    return ("gelu", "relu") if isinstance(value, str) else (2,) if value is None else ()
+    return _NAMES if isinstance(value, str) else (2,) if value is None else ()
 
 
 class _Probe:
@@ -181,11 +196,15 @@ class _Probe:
 
 
 def _filled(family: Family, config: Any) -> Any:
-    """The config with a number for each key that it leaves open and the entry reads: some classes have no default sizes."""
+    """The config with a number for each key that it leaves open and the entry reads: some classes have no default sizes.
+
+    The numbers descend, since an entry asks for the number of experts before the number to choose of them.
+    """
     probe = _Probe(config)
     with contextlib.suppress(MoEError):
         family.spec(Keys(probe))
-    return _Probe(config, {key: 2 for key in probe.asked if getattr(config, key, 0) is None})
+    still_open = [key for key in dict.fromkeys(probe.asked) if getattr(config, key, 0) is None]
+    return _Probe(config, {key: 2 ** (len(still_open) - i) for i, key in enumerate(still_open)})
 
 
 def _activation(spec: MoESpec) -> str:
@@ -203,7 +222,6 @@ def _stored(family: Family) -> list[str]:
     named = {
         "gate and up rows interleaved": family.gate_up == "interleaved",
         "weights stored transposed": any("transposed" in change for change in changes),
-        "its own router decides": family.router is not None and family.router.choice is not None,
     }
     return [text for text, on in named.items() if on]
 
