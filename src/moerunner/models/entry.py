@@ -20,6 +20,10 @@ CHANGES_THE_LAYER = re.compile(r"expert|rout|moe|top_?k|group|scal|limit", re.IG
 # Keys that any family may have and that say nothing about what the layer computes.
 UNIVERSAL = {
     "experts_implementation": "names the code that runs the experts",
+    "index_skip_topk_offset": "attention",
+    "index_topk": "attention",
+    "index_topk_freq": "attention",
+    "index_topk_pattern": "attention",
     "output_router_logits": "what the model returns beside its result",
     "quantization_config": "seen in the weights themselves",
     "rope_parameters": "positions",
@@ -65,6 +69,15 @@ class Keys:
                 raise MissingKey(f"has no key {name!r}", where=type(self._config).__name__)
         self._seen.add(name)
         return value
+
+    def here(self, name: str) -> Any:
+        """This layer's value of a key that has one for each layer."""
+        values = self(name)
+        if self.layer is not None:
+            return values[self.layer]
+        if len(set(values)) > 1:
+            raise UnsupportedError(f"{name} differs between layers, and which one this is cannot be seen from its place")
+        return values[0]
 
     def unread(self, ignored: Mapping[str, str]) -> list[str]:
         """Keys that look as if they change the layer and were neither read nor ignored. A nested config counts once read."""

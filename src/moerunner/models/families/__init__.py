@@ -4,9 +4,9 @@ One file per way of scoring the experts. Every entry was compared with Transform
 (tests/models).
 """
 
-from moerunner.models.families import chosen, external, grouped, softmax
+from moerunner.models.families import chosen, external, grouped, hashed, softmax
 
-TABLE = (*softmax.TABLE, *grouped.TABLE, *chosen.TABLE, *external.TABLE)
+TABLE = (*softmax.TABLE, *grouped.TABLE, *chosen.TABLE, *hashed.TABLE, *external.TABLE)
 
 # Blocks that look like a mixture of experts and stay as they are, with the reason.
 LEFT_ALONE = {
