@@ -223,4 +223,4 @@ def run_and_watch(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Seen]]:
 
 def relative(y: Tensor, ref: Tensor) -> float:
     y, ref = y.detach().double(), ref.detach().double()
-    return float((y - ref).abs().max() / ref.abs().max())
+    return float((y - ref).abs().max() / ref.abs().max().clamp(min=torch.finfo(torch.float64).tiny))

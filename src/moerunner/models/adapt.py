@@ -86,6 +86,13 @@ def runners(model: nn.Module) -> dict[str, MoERunner]:
     return {name: forward.runner for name, forward in found.items() if forward is not None}
 
 
+def routers(model: nn.Module) -> dict[str, str | None]:
+    """The path of the router inside every patched block, by the block's name; None where it has none of its own."""
+    found = {name: forward_of(block) for name, block in model.named_modules()}
+    families = {name: forward.source.family for name, forward in found.items() if forward is not None}
+    return {name: family.router.path if family.router else None for name, family in families.items()}
+
+
 def _one_rank(layout: Layout | None) -> None:
     if layout is not None and layout.world > 1:
         raise UnsupportedError(

@@ -269,18 +269,27 @@ class PatchedForward:
         passed = [name for name in router.takes if name != "input_ids" or spec.routing.choose == "hash"]
         answer = block.get_submodule(router.path)(*(reach(block, n[1:]) if n[0] == "." else named.get(n) for n in passed))
         if external or self.source.router_is_watched(recorders=False):
-            choice = router.choice
-            weights, ids = choice(answer, spec.top_k) if choice else (answer[router.weights], answer[router.ids])
-            return answer, {"topk": self._choice(weights, ids)}
+            return answer, {"topk": self.chosen_by(answer)}
         if router.logits is not None:
-            chosen["router_logits"] = answer[router.logits]
+            chosen["router_logits"] = answer if isinstance(answer, Tensor) else answer[router.logits]
         return answer, chosen
 
-    def _choice(self, weights: Tensor, ids: Tensor) -> TopK:
+    def chosen_by(self, answer: tuple[Any, ...]) -> TopK:
+        """The choice in what the block's own router returned."""
+        router = self.source.family.router
+        assert router is not None, "a block without a router is handed its choice"
+        if isinstance(router.choice, str):
+            return self._choice(*getattr(self.source.block, router.choice)(answer))
+        if router.choice is not None:
+            return self._choice(*router.choice(answer, self.source.spec.top_k))
+        return self._choice(answer[router.weights], answer[router.ids])
+
+    def _choice(self, weights: Tensor, ids: Tensor, shared: Tensor | None = None) -> TopK:
         """A choice made elsewhere. An id beyond the experts is how Transformers marks one that another rank holds."""
         spec = self.source.spec
         ids = torch.where(ids < spec.num_experts + spec.zero_experts, ids, -1).to(torch.int64)
-        return TopK(ids, wide(weights), scaled=not spec.apply_routed_scale_to_output)
+        scaled = not spec.apply_routed_scale_to_output
+        return TopK(ids, wide(weights), scaled=scaled, shared_weights=None if shared is None else wide(shared))
 
     def _own_logits(self, chosen: Mapping[str, Any]) -> Tensor:
         """[T, E] of the experts that each token may choose from."""

@@ -158,8 +158,9 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
     if not replaced:
         raise UnsupportedError("; ".join(skipped) or "has no MoE block that moerunner knows", where=type(model).__name__)
     with adapt.restored(model):  # the caller's own runners are what is compared
+        routers = adapt.routers(model)
         adapt.unpatch(model)
-        with recorded(model, list(replaced)) as calls:
+        with recorded(model, routers) as calls:
             expected = _run(model, input_ids)
     actual = _run(model, input_ids)
     layers, first_tie = [], input_ids.shape[1]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block. ids [T, K] and weights [T, K]: its choice of experts, None where it cannot be seen."""
+    """One call of a block. answer: what its router returned, None where it has none."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-    ids: Tensor | None
-    weights: Tensor | None
+    answer: Any
 
     def repeat(self, block: nn.Module) -> Tensor:
         """The output of another block, or of this one as it is now, for the same call."""
@@ -27,19 +25,17 @@ class Call:
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Call]]:
-    """Collects the last call of each of these blocks.
-
-    Routers return their choice in many forms, but the module that holds the experts is handed [T, K] ids and weights of the
-    same shape: that call is looked for inside the block.
-    """
+def recorded(model: nn.Module, routers: Mapping[str, str | None]) -> Iterator[dict[str, Call]]:
+    """Collects the last call of each block, by its name, and what the router inside it, named beside it, returned."""
     calls: dict[str, Call] = {}
     hooks = []
-    for name in names:
+    for name, router in routers.items():
         block = model.get_submodule(name)
         watch = _Watch(name, calls)
-        hooks += [m.register_forward_pre_hook(watch.inside, with_kwargs=True) for m in block.modules() if m is not block]
-        hooks.append(block.register_forward_hook(watch.after, with_kwargs=True))
+        hooks.append(block.register_forward_pre_hook(watch.before, with_kwargs=True))
+        if router is not None:
+            hooks.append(block.get_submodule(router).register_forward_hook(watch.routed))
+        hooks.append(block.register_forward_hook(watch.after))
     try:
         yield calls
     finally:
@@ -50,19 +46,18 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Call]
 class _Watch:
     def __init__(self, name: str, calls: dict[str, Call]) -> None:
         self.name, self.calls = name, calls
-        self.ids: Tensor | None = None
-        self.weights: Tensor | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.answer: Any = None
 
-    def inside(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tables = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 2]
-        ids = [v for v in tables if v.dtype in (torch.int64, torch.int32)]
-        weights = [v for v in tables if ids and v.is_floating_point() and v.shape == ids[0].shape]
-        if weights:
-            self.ids, self.weights = ids[0].long(), weights[0].clone()
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = _copy(args), _copy(kwargs)  # a block may write into its input
 
-    def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        kept = first_tensor(output).clone()
-        self.calls[self.name] = Call(_copy(args), _copy(kwargs), kept, self.ids, self.weights)
+    def routed(self, _: nn.Module, args: tuple[Any, ...], answer: Any) -> None:
+        self.answer = _copy(answer)
+
+    def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.calls[self.name] = Call(self.args, self.kwargs, first_tensor(output).clone(), self.answer)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -70,7 +65,6 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def _copy(values: Any) -> Any:
-    """Tensors are copied, since a block may write into its input."""
     if isinstance(values, dict):
         return {k: _copy(v) for k, v in values.items()}
     if isinstance(values, tuple):

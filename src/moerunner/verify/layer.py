@@ -99,10 +99,8 @@ class Comparison:
 
     @cached_property
     def expected_top(self) -> TopK:
-        """Transformers' choice; our own where it cannot be seen. The factor is in its weights if the spec puts it there."""
-        if self.call.ids is None or self.call.weights is None:
-            return self.own_top
-        return TopK(self.call.ids, self.call.weights.float(), scaled=not self.runner.spec.apply_routed_scale_to_output)
+        """Transformers' choice; our own where no single router made it. The factor is in the weights if the spec puts it there."""
+        return self.own_top if self.call.answer is None else self.forward.chosen_by(self.call.answer)
 
     def check(self, family: str, backend: str, oracle_tokens: int) -> tuple[LayerCheck, int]:
         """The layer's numbers and verdict, and the first token on which a tie fell the other way (or T)."""
@@ -133,7 +131,7 @@ class Comparison:
             weights_error=self._weights_error(agreeing),
             worst_token=worst,
             worst_expert=self._worst_expert(error_T),
-            load=self.expected_top.ids.flatten().bincount(minlength=self.runner.spec.num_experts).tolist(),
+            load=_counts(self.expected_top.ids, self.runner.spec.num_experts).tolist(),
             problems=[],
             notes=self._notes(),
         )
@@ -230,7 +228,7 @@ class Comparison:
         """moerunner and Transformers against float64. In low precision the experts of Transformers are replayed."""
         spec = self.runner.spec
         by_router = spec.shared is not None and spec.shared.gate == "router"
-        if self.dtype == torch.float32 or self.call.ids is None or by_router:
+        if self.dtype == torch.float32 or self.call.answer is None or by_router:
             top, ours = _stack([choices[t] for t in rows]), self.own_TH
         else:
             replay = self.expected_top
@@ -249,12 +247,17 @@ class Comparison:
 
     def _worst_expert(self, error_T: Tensor) -> int | None:
         ids_TK = self.expected_top.ids.cpu()
-        if not error_T.any() or not ids_TK.shape[1]:
+        if not error_T.any() or not (ids_TK >= 0).any():
             return None
         count = int(ids_TK.max()) + 1
         flat, each = ids_TK.flatten(), error_T.repeat_interleave(ids_TK.shape[1])
-        total = torch.zeros(count, dtype=torch.float64).index_add_(0, flat, each)
-        return int((total / flat.bincount(minlength=count).clamp(min=1)).argmax())
+        total = torch.zeros(count, dtype=torch.float64).index_add_(0, flat[flat >= 0], each[flat >= 0])
+        return int((total / _counts(flat, count).clamp(min=1)).argmax())
+
+
+def _counts(ids: Tensor, count: int) -> Tensor:
+    """How many times each expert was chosen; -1 is no expert."""
+    return ids[ids >= 0].bincount(minlength=count)
 
 
 def _stack(choices: list[Choice]) -> TopK:

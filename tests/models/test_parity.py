@@ -1,0 +1,199 @@
+"""Every family of the table, in configurations that switch its options, against Transformers and the float64 oracle.
+
+One case of each family and a tenth of the others, another one in each run, are in the fast tier; `make test-all` has them all.
+"""
+
+import copy
+import importlib
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import relative
+
+from moerunner.models import families, patch, registry, runners
+from moerunner.models.adapt import restored, routers, unpatch
+from moerunner.models.block import forward_of
+from moerunner.ops.reference import reference
+from moerunner.verify.capture import recorded
+from moerunner.verify.layer import Comparison
+from moerunner.verify.tiny import tiny_inputs, tiny_model
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {}
+for file in sorted((Path(__file__).parent / "cases").glob("*.py")):
+    CASES |= importlib.import_module(f"cases.{file.stem}").CASES
+FIRST = {family: case for case, (family, _) in reversed(CASES.items())}
+TURN = int(os.environ["MOERUNNER_SEED"]) % 10
+
+
+def tiered(cases, always=()):
+    mine = {c for c in cases if c in always or (zlib.crc32(c.encode()) + TURN) % 10 == 0}
+    return [pytest.param(c, marks=() if c in mine else pytest.mark.slow) for c in cases]
+
+
+def build(case, dtype=torch.float32, **changes):
+    """Drawn anew in every run. Parameters alone are cast: Transformers too keeps its buffers in float32."""
+    family, own = CASES[case]
+    if family not in CONFIGS:
+        pytest.skip(f"this Transformers has no {family}")
+    model = tiny_model(family, seed=int(torch.randint(2**31, ())), **{**own, **changes})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _configs():
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING)
+
+
+CONFIGS = _configs()
+
+
+def inputs_of(model, tokens=40):
+    """What the model is called with: tokens, with types where it asks for them; or what stands in for them."""
+    if model.main_input_name == "pixel_values":
+        patches = torch.randn(16, 3 * model.config.patch_size**2)
+        return {"pixel_values": patches.to(model.dtype), "grid_thw": torch.tensor([[1, 4, 4]])}
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, tokens // 2))
+    given = tiny_inputs(model, ids)
+    if hasattr(model, "codec_embedding"):  # its forward asks for an embedding that it does not have
+        return {"inputs_embeds": model.codec_embedding(ids).detach()}
+    if "moe_mm_token_type_ids" in model.forward.__code__.co_varnames:
+        given["moe_mm_token_type_ids"] = torch.randint(0, 3, ids.shape)
+    return given
+
+
+def run(model, inputs):
+    """Logits or last hidden states."""
+    output = model(**inputs)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    return output[0]
+
+
+def patched_and_plain(model):
+    """What each block did in Transformers, and the model's outputs without and with the runner; it is patched then."""
+    inputs = inputs_of(model)
+    report = patch(model)
+    assert not [s for s in report.skipped if s.reason not in families.LEFT_ALONE.values()]
+    with torch.no_grad():
+        with restored(model):
+            inside = routers(model)
+            unpatch(model)
+            with recorded(model, inside) as calls:
+                expected = run(model, inputs)
+        actual = run(model, inputs)
+    assert set(calls) == {r.name for r in report.replaced}
+    return report, calls, expected, actual
+
+
+@pytest.mark.parametrize("case", tiered(CASES, always=FIRST.values()))
+def test_float32_is_equal_to_transformers_and_to_the_oracle(case):
+    model = build(case)
+    report, calls, expected, actual = patched_and_plain(model)
+    name = CASES[case][0]
+    assert {r.family for r in report.replaced} == {name}
+    assert not any(r.copied_bytes for r in report.replaced) or name in COPY
+    ties = 0
+    for name, call in calls.items():
+        block = model.get_submodule(name)
+        comparison = Comparison(name, block, call, torch.float32)
+        check, first_tie = comparison.check(name, "", oracle_tokens=4)
+        assert not check.problems, (name, check.problems)
+        ties += first_tie < len(comparison.x_TH)
+        forward = forward_of(block)
+        with torch.no_grad():
+            y = call.repeat(block)
+            x, _, given = forward.inputs(*call.args, **call.kwargs)
+            oracle = reference(forward.runner.spec, forward.runner.layer_weights(), x, **given)
+        assert y.dtype == call.output.dtype
+        assert y.shape == call.output.shape
+        if not check.tied:
+            assert relative(y, call.output) <= 2e-6, name
+            assert relative(y, oracle.reshape(y.shape)) <= 2e-6, name
+    if not ties:
+        assert relative(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", tiered(CASES))
+def test_half_precision_is_at_most_twice_as_far_from_the_oracle_as_transformers(case, dtype):
+    model = build(case, dtype)
+    _, calls, expected, actual = patched_and_plain(model)
+    assert actual.dtype == expected.dtype
+    assert torch.isfinite(actual).all()
+    for name, call in calls.items():
+        check, _ = Comparison(name, model.get_submodule(name), call, dtype).check(name, "", oracle_tokens=4)
+        assert not check.problems, (name, check.problems)
+
+
+@pytest.mark.parametrize("case", tiered(FIRST.values()))
+def test_cached_decode_gives_the_tokens_of_transformers(case):
+    model = build(case)
+    if not model.can_generate():
+        pytest.skip("has no head")
+    ids = torch.randint(3, 250, (2, 9))
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    report = patch(model)
+    assert report.replaced
+    got = model.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    for ours, theirs in zip(got.logits, wanted.logits, strict=True):
+        assert relative(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("case", tiered(FIRST.values()))
+def test_gradients_of_every_parameter_equal_those_of_transformers(case):
+    plain = build(case)
+    inputs = inputs_of(plain)
+    patched = copy.deepcopy(plain)
+    patch(patched)
+    with torch.no_grad():
+        towards = torch.randn_like(run(plain, inputs))  # a norm at the end would make the gradient of a square vanish
+    for model in (plain, patched):
+        (run(model, inputs) * towards).mean().backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    least = 1e-2 * max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
+    for name, parameter in patched.named_parameters():
+        wanted = expected[name]
+        assert (parameter.grad is None) == (wanted is None), name
+        if wanted is not None:  # much smaller ones are what is left of large ones that cancel
+            assert float((parameter.grad - wanted).abs().max()) <= 2e-5 * max(least, float(wanted.abs().max())), name
+
+
+@pytest.mark.parametrize("case", tiered(FIRST.values()))
+def test_a_copy_that_is_saved_and_unpatched_is_the_model_it_was(case, tmp_path):
+    model = build(case)
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        before = run(model, inputs)
+        names = list(model.state_dict())
+        patch(model)
+        twin = copy.deepcopy(model)
+        assert runners(twin)
+        assert relative(run(twin, inputs), before) <= 1e-5
+        unpatch(model)
+        assert torch.equal(run(model, inputs), before)
+    assert list(twin.state_dict()) == names
+
+
+@pytest.mark.parametrize("family", [f.name for f in families.TABLE])
+def test_every_family_has_cases(family):
+    assert [c for c, (name, _) in CASES.items() if name == family]
+    assert registry.of_model_type(family) is not None
+
+
+def test_half_of_the_cases_change_what_is_computed():
+    """A case that changes nothing tests nothing: no two cases of a family have the same spec."""
+    for family in FIRST:
+        own = [c for c in CASES if CASES[c][0] == family]
+        assert len({repr(sorted(CASES[c][1].items(), key=str)) for c in own}) == len(own), family
+
+
+COPY = {"dbrx", "switch_transformers", "ernie4_5_vl_moe_text"}  # keep what the layer has as one tensor apart
