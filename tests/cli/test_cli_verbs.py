@@ -312,8 +312,11 @@ def test_long_cells_are_wrapped_where_asked_for(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     screen = shell.Screen()
     screen.terminal = True
-    screen.table(["family", "router"], [["toy", "sigmoid, correction bias in the choice, groups"]], numbers=False, wrap=True)
-    assert " ".join(capsys.readouterr().out.split()).endswith("toy sigmoid, correction bias in the choice, groups")
+    text = "sigmoid, bias in the choice [a_key_" + 40 * "x" + "]"
+    screen.table(["family", "router"], [["toy", text]], numbers=False, wrap=True)
+    out = capsys.readouterr().out
+    assert "".join(out.split()).endswith("toy" + text.replace(" ", ""))
+    assert max(map(len, out.splitlines())) <= 40
 
 
 def test_bars_in_a_terminal_without_unicode(capsys, monkeypatch):

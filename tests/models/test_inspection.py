@@ -155,6 +155,14 @@ def test_files_that_contradict_the_config_are_refused(tmp_path):
         inspect(folder)
 
 
+def test_a_wrong_digit_in_the_number_of_layers_does_not_take_hours(tmp_path):
+    folder = saved("mixtral", tmp_path, num_hidden_layers=10**9)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="1000000000 layers"):
+            inspect(folder)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"),
     [

@@ -124,6 +124,7 @@ class Screen:
             table.columns[0].overflow = "fold"  # a long name is never cut
             for column in table.columns[1:]:
                 column.justify, column.no_wrap = "right" if numbers else "left", not wrap
+                column.overflow = "fold" if wrap else "ellipsis"
             for row in rows:
                 table.add_row(*row)
             Console(markup=False, highlight=False).print(table)

@@ -29,6 +29,7 @@ from moerunner.parallel.layout import Layout
 
 _SELECTION_BIAS = re.compile(r"(^|\.)(e_score_correction_bias|correction_bias|expert_bias|router_bias)$")
 _HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_LAYERS = 10_000  # of a config without files: the deepest models have some hundred
 _MOST_COMPUTED = 4 * 2**30  # bytes of rotary tables and the like: none comes near
 
 
@@ -184,8 +185,10 @@ def _skeleton(recipe: Recipe, dtype: torch.dtype, path: Path, tensors: int | Non
 
     def make() -> Any:
         layers = getattr(recipe.config.get_text_config(), "num_hidden_layers", 0)
-        if tensors is not None and isinstance(layers, int) and layers > tensors:  # a wrong digit must not take hours
-            raise CheckpointError(f"asks for {layers} layers, the files hold {tensors} tensors", where=str(file))
+        most = tensors if tensors is not None else _MOST_LAYERS
+        if isinstance(layers, int) and layers > most:  # a wrong digit must not take hours
+            why = f"the files hold {tensors} tensors" if tensors is not None else f"at most {most} are believed"
+            raise CheckpointError(f"asks for {layers} layers, {why}", where=str(file))
         with torch.device("meta"):
             return recipe.auto_class.from_config(recipe.config, dtype=dtype)
 
