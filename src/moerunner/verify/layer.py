@@ -99,7 +99,7 @@ class Comparison:
 
     @cached_property
     def expected_top(self) -> TopK:
-        """Transformers' choice; our own where no single router made it. The factor is in the weights if the spec puts it there."""
+        """Transformers' choice; our own where no single router made it. With the factor if the spec has it in the weights."""
         return self.own_top if self.call.answer is None else self.forward.chosen_by(self.call.answer)
 
     def check(self, family: str, backend: str, oracle_tokens: int) -> tuple[LayerCheck, int]:
