@@ -109,7 +109,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         raise UnsupportedError(
             f"Transformers has no model_type {family!r}", next_step="Name one, such as mixtral or deepseek_v3"
         )
-    kind = CONFIG_MAPPING[family]
+    kind: Any = CONFIG_MAPPING[family]
     try:
         text = kind().get_text_config()
         if type(text) is not kind and text.model_type in CONFIG_MAPPING:
