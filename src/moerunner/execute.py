@@ -114,7 +114,7 @@ class Verbs:
         if s.verb == "row_norm":
             norm = spec.experts.row_norm
             assert norm is not None
-            return lambda y, w: rms_norm(y, _cut(w.experts[0].get("row_norm"), norm.features), norm.eps)
+            return lambda y, w: rms_norm(y, _cut(w.experts[0].get("row_norm"), norm.features), norm)
         return lambda y, w: _transform(s.verb, spec.transforms()[s.verb], y, w, self.dtype)
 
     def route(
@@ -289,7 +289,7 @@ def _transform(name: str, spec: TransformSpec, y: Tensor, w: LayerWeights, dtype
             assert weight is not None
             y = linear(wide(y) if dtype == torch.float16 else y.to(dtype), weight, w.tensors.get(f"{name}.{i}.bias"))
         elif isinstance(op, RMSNorm):
-            y = rms_norm(y, weight, op.eps)
+            y = rms_norm(y, weight, op)
         else:
             assert isinstance(op, Custom)
             y = w.functions[f"{name}.{i}"](y.to(dtype))

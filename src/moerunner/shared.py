@@ -11,6 +11,8 @@ from moerunner.ops.activation import activate, gated
 from moerunner.ops.precision import linear, wide
 from moerunner.spec import SharedSpec
 
+_OF_MLP = ("shared_w13", "shared_gate_proj", "shared_up_proj", "shared_w2")
+
 
 class SharedExperts:
     """The shared experts of one layer, or the slice of them that one rank holds.
@@ -28,11 +30,8 @@ class SharedExperts:
         spec = self.spec
         if spec.gate == "router":
             assert shared_weights_TS is not None
-            parts = [
-                wide(self._mlp(x_TH, {"shared_w13": tensors["shared_w13"][s], "shared_w2": tensors["shared_w2"][s]}))
-                * shared_weights_TS[:, s, None]
-                for s in range(spec.count)
-            ]
+            each = [{name: tensor[s] for name, tensor in tensors.items() if name in _OF_MLP} for s in range(spec.count)]
+            parts = [wide(self._mlp(x_TH, mine)) * shared_weights_TS[:, s, None] for s, mine in enumerate(each)]
             return torch.stack(parts).sum(0)
         y = wide(self._mlp(x_TH, tensors))
         gate = tensors.get("shared_gate")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.numerics import assert_close, relative_error
 from tests.support.plain import plain_activation
-from tests.support.strategies import KINDS, SEEDS, activations
+from tests.support.strategies import KINDS, SEEDS, activations, norms
 
-from moerunner import ActivationSpec
+from moerunner import ActivationSpec, RMSNorm
 from moerunner.ops.activation import activate, gated, rms_norm
 from moerunner.ops.reference import _gated
 
@@ -162,21 +162,23 @@ def test_any_leading_shape(shape):
 
 
 @settings(max_examples=40)
-@given(SEEDS, st.booleans(), st.sampled_from([0.0, 1e-6, 0.5]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_rms_norm(seed, weighted, eps, dtype):
+@given(SEEDS, norms(10, st.sampled_from([0.0, 1e-6, 0.5])), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_rms_norm(seed, norm, dtype):
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(3, 2, 10, generator=generator).to(dtype), torch.randn(10, generator=generator)
-    y = rms_norm(x, weight if weighted else None, eps)
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-    exact = exact * weight.double() if weighted else exact
+    y = rms_norm(x, weight if norm.weight else None, norm)
+    factor = (weight.double() + norm.centred) if norm.weight else torch.ones(10, dtype=torch.float64)
+    before, after = (factor, 1.0) if norm.weight_first else (1.0, factor)
+    exact = x.double() * before
+    exact = exact / (exact.square().mean(-1, keepdim=True) + norm.eps).sqrt() * after
     assert y.dtype == dtype
     assert_close(y, exact, {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: torch.finfo(dtype).eps}[dtype])
 
 
 def test_rms_norm_of_large_values_in_half_precision():
     x = torch.full((1, 4), 6e4, dtype=torch.float16)
-    assert_close(rms_norm(x, None, 1e-6), torch.ones(1, 4, dtype=torch.float64), 1e-3)
+    assert_close(rms_norm(x, None, RMSNorm(features=4, weight=False)), torch.ones(1, 4, dtype=torch.float64), 1e-3)
 
 
 def test_a_row_of_zeros_is_normed_to_zeros():
-    assert not rms_norm(torch.zeros(2, 5), None, 1e-6).any()
+    assert not rms_norm(torch.zeros(2, 5), None, RMSNorm(features=5, weight=False)).any()

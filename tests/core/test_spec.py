@@ -140,6 +140,8 @@ def test_numbers_are_finite(build: Any, field: str, value: object) -> None:
         (lambda v: Linear(in_features=4, out_features=4, bias=v), "bias"),
         (lambda v: Custom(in_features=4, out_features=4, linear=v), "linear"),
         (lambda v: RMSNorm(features=4, weight=v), "weight"),
+        (lambda v: RMSNorm(features=4, centred=v), "centred"),
+        (lambda v: RMSNorm(features=4, weight_first=v), "weight_first"),
     ],
 )
 def test_flags_are_true_or_false(build: Any, field: str, value: object) -> None:
@@ -210,6 +212,8 @@ IMPOSSIBLE = {
         lambda: ExpertsSpec(intermediate_size=4, gated=False, activation=ActivationSpec(beta=1.0)),
         "activation",
     ),
+    "one more than no weight": (lambda: RMSNorm(features=4, weight=False, centred=True), "weight"),
+    "no weight first": (lambda: RMSNorm(features=4, weight=False, weight_first=True), "weight"),
     "an empty transform": (lambda: TransformSpec(()), "ops"),
     "a broken chain": (lambda: TransformSpec((Linear(in_features=16, out_features=8), RMSNorm(features=16))), "ops"),
     "latent without a way back": (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moerunner import ActivationSpec, Custom, LayerWeights, Linear, MoESpec
+from moerunner import ActivationSpec, Custom, LayerWeights, Linear, MoESpec, RMSNorm
 
 
 def plain_route(
@@ -131,7 +131,7 @@ def plain_layer(
         )
         if spec.experts.row_norm is not None:
             norm = experts.get("row_norm")
-            y = _rms(y, None if norm is None else norm[:width], spec.experts.row_norm.eps)
+            y = _rms(y, None if norm is None else norm[:width], spec.experts.row_norm)
         if spec.routing.weights_on == "output":
             y = y * w[tokens, slots, None]
         routed = routed.index_add(0, tokens, y)
@@ -205,10 +205,13 @@ def plain_activation(h: Tensor, a: ActivationSpec, gate_up: str) -> Tensor:
     return y * (u + beta) if beta else y * u
 
 
-def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    h = x if x.dtype == torch.float64 else x.float()
-    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return h if weight is None else h * weight.to(x.dtype)
+def _rms(x: Tensor, weight: Tensor | None, norm: RMSNorm) -> Tensor:
+    if weight is not None:
+        weight = (1.0 + weight if norm.centred else weight).to(x.dtype)
+    h = x * weight if weight is not None and norm.weight_first else x
+    h = h if h.dtype == torch.float64 else h.float()
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return h if weight is None or norm.weight_first else h * weight
 
 
 def _transform(name: str, spec: MoESpec, weights: LayerWeights, x: Tensor) -> Tensor:
@@ -220,5 +223,5 @@ def _transform(name: str, spec: MoESpec, weights: LayerWeights, x: Tensor) -> Te
             assert weight is not None
             x = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         else:
-            x = _rms(x, weight, op.eps)
+            x = _rms(x, weight, op)
     return x

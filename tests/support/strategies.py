@@ -65,6 +65,13 @@ def activations(draw: st.DrawFn, gated: bool = True) -> ActivationSpec:
 
 
 @st.composite
+def norms(draw: st.DrawFn, width: int, eps: st.SearchStrategy[float]) -> RMSNorm:
+    if not draw(st.booleans()):
+        return RMSNorm(features=width, eps=draw(eps), weight=False)
+    return RMSNorm(features=width, eps=draw(eps), centred=draw(st.booleans()), weight_first=draw(st.booleans()))
+
+
+@st.composite
 def transforms(draw: st.DrawFn, takes: int, gives: int, *, linear: bool | None = None) -> TransformSpec:
     """One to three operations; `Custom` ones are `custom_function` of their place."""
     straight = draw(st.booleans()) if linear is None else linear
@@ -75,7 +82,7 @@ def transforms(draw: st.DrawFn, takes: int, gives: int, *, linear: bool | None =
         kind = draw(st.sampled_from(kinds))
         out = draw(st.sampled_from(SIZES))
         if kind == "norm":
-            ops.append(RMSNorm(features=width, eps=draw(st.sampled_from([1e-6, 0.1])), weight=draw(st.booleans())))
+            ops.append(draw(norms(width, st.sampled_from([1e-6, 0.1]))))
         elif kind in ("custom", "nonlinear"):
             ops.append(Custom(in_features=width, out_features=width, linear=kind == "custom"))
         else:
@@ -173,7 +180,7 @@ def specs(draw: st.DrawFn) -> MoESpec:
     width = hidden if latent is None else latent
     bias, row_norm = focus != "input" and draw(st.booleans()), None
     if focus not in ("sets", "input"):
-        row_norm = draw(maybe(st.builds(RMSNorm, features=st.just(width), eps=st.just(1e-3), weight=st.booleans())))
+        row_norm = draw(maybe(norms(width, st.just(1e-3))))
     if focus == "input":
         routing = dataclasses.replace(routing, weights_on="input")
     size: Any = draw(st.sampled_from(SIZES))

@@ -58,6 +58,8 @@ class Keys:
     """
 
     def __init__(self, config: Any, layer: int | None = None) -> None:
+        if layer is not None and getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[layer]
         self._config, self.layer = config, layer
         self._seen: set[str] = set()
 
@@ -141,8 +143,9 @@ class Router:
     flat: it is called with [tokens, hidden]; otherwise with the block's input as it is. takes: its arguments: a name that
         `Family.takes` gives to an argument of the block, or `.path` for an attribute of the block. `input_ids` are passed
         only where the spec routes by table.
-    logits: place of the logits, None where there are none. weights, ids: places of the choice. choice: for a router that
-        answers in another form: from its answer and k to weights and ids, [T, k]; an id of -1 is no expert.
+    logits: place of the gate's product, None where it is not there as it was. weights, ids: places of the choice. choice: for
+        a router that answers in another form: from its answer and k to weights and ids, [T, k], and to the weights of shared
+        experts that the router weighs; an id of -1 is no expert.
     The module is called when someone listens to it or `returns` needs it; a spec with score="external" takes weights and ids
     from it always.
     """
@@ -153,7 +156,7 @@ class Router:
     ids: int = 2
     flat: bool = False
     takes: tuple[str, ...] = ("x",)
-    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, Tensor]] | None = None
+    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,8 @@ class Family:
     weights: canonical names (`MoESpec.weight_shapes`; `shared_gate_proj` and `shared_up_proj` may stand for `shared_w13`, and
         with `_bias` behind them for `shared_b13`) to paths on the block. Names that a spec does not need are left out.
     gate_up: how rows of gate and up lie in w13.
-    holds: attributes that the block took from the config when it was built; one that differs now is refused.
+    holds: attributes that the block took from the config when it was built, by path, with the config's key or a function that
+        reads it; one that differs now is refused.
     takes: the block's arguments in order, and what each is to `MoERunner.forward`, or to `Router.takes`. `weights` and `ids`
         are a choice that the caller has made, for blocks that are nothing but the experts.
     returns: what the block returns: `hidden` alone, or a tuple of it (`flat`: as [tokens, hidden]), of places in the router's
@@ -184,7 +188,7 @@ class Family:
     gate_up: GateUp = "concat"
     router: Router | None = field(default_factory=Router)
     ignored: Mapping[str, str] = field(default_factory=dict)
-    holds: Mapping[str, str] = field(default_factory=dict)
+    holds: Mapping[str, str | Callable[[Keys], Any]] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=lambda: {"hidden_states": "x"})
     returns: tuple[Literal["hidden", "flat", "logits"] | int, ...] = ("hidden",)
     training: Mapping[str, str] = field(default_factory=dict)

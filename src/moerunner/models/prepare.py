@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moerunner.errors import UnsupportedError
 from moerunner.models import registry
 from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, refuse_training, slot_of
-from moerunner.models.entry import Family, MissingKey, View, pieces
+from moerunner.models.entry import Family, Keys, MissingKey, View, pieces
 from moerunner.models.experts_function import as_family, is_experts_module
 from moerunner.plan import Options
 from moerunner.spec import MoESpec
@@ -34,8 +34,9 @@ class Site:
 
     @property
     def layer(self) -> int | None:
-        """The block's index in its stack of layers, from its name."""
-        return next((int(part) for part in reversed(self.name.split(".")) if part.isdigit()), None)
+        """The block's index in its stack of layers, as it has it or from its name."""
+        named = next((int(part) for part in reversed(self.name.split(".")) if part.isdigit()), None)
+        return getattr(self.block, "layer_idx", named)
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -91,9 +92,11 @@ def source_of(site: Site) -> Source:
     if block.training:
         refuse_training(block, family)
     built = {path: reach(block, path) for path in family.holds}
+    keys = Keys(config, site.layer)
     for path, key in family.holds.items():
-        if built[path] != getattr(config, key):
-            says = f"its config now says {key} = {getattr(config, key)!r}"
+        now = keys(key) if isinstance(key, str) else key(keys)
+        if built[path] != now:
+            says = f"its config now says {f'{key} = ' * isinstance(key, str)}{now!r}"
             raise UnsupportedError(f"it was built with {path} = {built[path]!r}, {says}")
     shapes = spec.weight_shapes(vocab_size=getattr(config, "vocab_size", None))
     source = Source(block, _parts(block, family, shapes), built, family, spec)
@@ -112,14 +115,14 @@ def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
         family = as_family(site.block)
     if family is None:
         raise UnsupportedError(registry.why_not(type(site.block)))
-    layer, missing = getattr(site.block, "layer_idx", site.layer), "there is none"
+    missing = "there is none"
     for module in (site.block, *site.block.children(), *site.owners):
         config = getattr(module, "config", None)
         for candidate in (config, getattr(config, "text_config", None)):
             if candidate is None:
                 continue
             try:
-                return family, candidate, family.read(candidate, layer)
+                return family, candidate, family.read(candidate, site.layer)
             except MissingKey as error:
                 missing = str(error)
     raise UnsupportedError(f"no config around it has the keys of the family {family.name!r}: {missing}")
@@ -128,8 +131,8 @@ def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
 def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]]) -> tuple[Part, ...]:
     """Every module of the block with its tensors, each with the shape that the spec wants."""
     if "shared_gate_proj" in family.weights and "shared_w13" in shapes:
-        rows, hidden = shapes.pop("shared_w13")
-        shapes["shared_gate_proj"] = shapes["shared_up_proj"] = (rows // 2, hidden)
+        *each, rows, hidden = shapes.pop("shared_w13")
+        shapes["shared_gate_proj"] = shapes["shared_up_proj"] = (*each, rows // 2, hidden)
         if shapes.pop("shared_b13", None):
             shapes["shared_gate_proj_bias"] = shapes["shared_up_proj_bias"] = (rows // 2,)
     held: dict[str, list[Held]] = {}

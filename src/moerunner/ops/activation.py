@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moerunner.ops.precision import wide
-from moerunner.spec import ActivationSpec
+from moerunner.spec import ActivationSpec, RMSNorm
 
 
 def activate(h: Tensor, activation: ActivationSpec, *, gate_up: str) -> Tensor:
@@ -55,8 +55,13 @@ def _nonlinear(g: Tensor, a: ActivationSpec) -> Tensor:
     return F.relu(g) if a.kind == "relu" else F.relu(g).square()
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype."""
+def rms_norm(x: Tensor, weight: Tensor | None, norm: RMSNorm) -> Tensor:
+    """RMSNorm over the last dimension, in x's dtype. Formulas: `RMSNorm`."""
     h = wide(x)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h if weight is None else h * wide(weight)).to(x.dtype)
+    factor = None if weight is None else weight.to(h.dtype)
+    if factor is not None and norm.centred:
+        factor = factor + 1
+    if factor is not None and norm.weight_first:
+        h = h * factor
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.eps)
+    return (h if factor is None or norm.weight_first else h * factor).to(x.dtype)

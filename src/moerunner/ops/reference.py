@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import WeightsError
-from moerunner.spec import ActivationSpec, Custom, Linear, MoESpec, TransformSpec
+from moerunner.spec import ActivationSpec, Custom, Linear, MoESpec, RMSNorm, TransformSpec
 from moerunner.values import LayerWeights, TopK
 
 
@@ -104,7 +104,7 @@ def _route(spec: MoESpec, weights: LayerWeights, logits: list[float], token_id: 
     size = total // r.modalities
     allowed = range(kind * size, (kind + 1) * size)
     margin = math.inf
-    learned = float(weights.tensors["global_scale"].double()) if r.global_scale else 1.0
+    learned = float(weights.tensors["global_scale"].detach()) if r.global_scale else 1.0
     if r.score == "sparsemixer":
         ids, w = _sparsemixer(z, r.jitter)
         return Choice(ids, _times_scales(w, ids, weights, learned), [], _gap(z, ids, allowed))
@@ -220,7 +220,7 @@ def _expert(spec: MoESpec, weights: LayerWeights, e: int, x: Tensor) -> Tensor:
     y = _mlp(x, w13, w2, _row(b13, e), _row(b2, e, width), spec.experts.activation, experts.gate_up)
     norm = spec.experts.row_norm
     scale = experts.get("row_norm")
-    return y if norm is None else _rms(y, None if scale is None else scale[:width], norm.eps)
+    return y if norm is None else _rms(y, None if scale is None else scale[:width], norm)
 
 
 def _row(bias: Tensor | None, e: int, width: int | None = None) -> Tensor | None:
@@ -234,7 +234,7 @@ def _shared(spec: MoESpec, weights: LayerWeights, x: Tensor, choice: Choice) -> 
     t = {n: v.double().cpu() for n, v in weights.tensors.items() if n.startswith("shared_")}
     layout = "concat" if s.gated else "none"
     if "shared_gate_proj" in t:
-        t["shared_w13"] = torch.cat([t["shared_gate_proj"], t["shared_up_proj"]])
+        t["shared_w13"] = torch.cat([t["shared_gate_proj"], t["shared_up_proj"]], dim=-2)
         if "shared_gate_proj_bias" in t:
             t["shared_b13"] = torch.cat([t["shared_gate_proj_bias"], t["shared_up_proj_bias"]])
     if s.gate == "router":
@@ -295,9 +295,11 @@ def _gated(g: Tensor, u: Tensor | None, activation: ActivationSpec) -> Tensor:
     return y * (u + beta)
 
 
-def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    y = x / math.sqrt(float((x * x).mean()) + eps)
-    return y if weight is None else y * weight.double().cpu()
+def _rms(x: Tensor, weight: Tensor | None, norm: RMSNorm) -> Tensor:
+    factor = torch.ones_like(x) if weight is None else weight.double().cpu() + norm.centred
+    scaled = x * factor if norm.weight_first else x
+    y = scaled / math.sqrt(float((scaled * scaled).mean()) + norm.eps)
+    return y if norm.weight_first else y * factor
 
 
 def _transform(name: str, spec: MoESpec, weights: LayerWeights, x: Tensor) -> Tensor:
@@ -312,5 +314,5 @@ def _transform(name: str, spec: MoESpec, weights: LayerWeights, x: Tensor) -> Te
             bias = weights.tensors.get(f"{name}.{i}.bias")
             x = weight.double().cpu() @ x + (0 if bias is None else bias.double().cpu())
         else:
-            x = _rms(x, weight, op.eps)
+            x = _rms(x, weight, op)
     return x

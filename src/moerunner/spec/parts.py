@@ -80,16 +80,23 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNorm:
-    """`y = x / sqrt(mean(x^2) + eps) * weight`, the weight optional (Zhang and Sennrich 2019)."""
+    """`y = n(x) * weight` with `n(x) = x / sqrt(mean(x^2) + eps)`, the weight optional (Zhang and Sennrich 2019).
+
+    centred: what multiplies is 1 + weight (Gemma). weight_first: `y = n(x * weight)` (Muse Spark).
+    """
 
     features: int
     eps: float = 1e-6
     weight: bool = True
+    centred: bool = False
+    weight_first: bool = False
 
     def __post_init__(self) -> None:
         positive("RMSNorm", features=self.features)
         number("RMSNorm", at_least=0.0, eps=self.eps)
-        flags("RMSNorm", weight=self.weight)
+        flags("RMSNorm", weight=self.weight, centred=self.centred, weight_first=self.weight_first)
+        if not self.weight and (self.centred or self.weight_first):
+            refuse("RMSNorm.weight", "is false, and centred and weight_first say how it is used")
 
     @property
     def in_features(self) -> int:

@@ -4,9 +4,17 @@ One file per way of scoring the experts. Every entry was compared with Transform
 (tests/models).
 """
 
-from moerunner.models.families import chosen, external, grouped, hashed, softmax
+from moerunner.models.families import chosen, external, grouped, hashed, sigmoid, sigmoid_unusual, softmax
 
-TABLE = (*softmax.TABLE, *grouped.TABLE, *chosen.TABLE, *hashed.TABLE, *external.TABLE)
+TABLE = (
+    *softmax.TABLE,
+    *grouped.TABLE,
+    *sigmoid.TABLE,
+    *sigmoid_unusual.TABLE,
+    *chosen.TABLE,
+    *hashed.TABLE,
+    *external.TABLE,
+)
 
 # Blocks that look like a mixture of experts and stay as they are, with the reason.
 LEFT_ALONE = {
