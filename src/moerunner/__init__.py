@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from moerunner.experts import fused_experts
-    from moerunner.models import Replaced, Report, Skipped, load, patch, unpatch
+    from moerunner.models import Replaced, Report, Skipped, load, load_weights, patch, unpatch
     from moerunner.parallel import Layout
     from moerunner.plan import Options, Plan, resolve
     from moerunner.runner import MoERunner
@@ -71,6 +71,7 @@ __all__ = [
     "WeightsError",
     "fused_experts",
     "load",
+    "load_weights",
     "patch",
     "resolve",
     "unpatch",
@@ -79,7 +80,7 @@ __all__ = [
 _HOME = {
     "errors": "CheckpointError DistributedError MoEError PlanError SpecError UnsupportedError WeightsError",
     "experts": "fused_experts",
-    "models": "Replaced Report Skipped load patch unpatch",
+    "models": "Replaced Report Skipped load load_weights patch unpatch",
     "parallel": "Layout",
     "plan": "Options Plan resolve",
     "runner": "MoERunner",
