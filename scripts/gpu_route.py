@@ -3,8 +3,9 @@
     python scripts/gpu_route.py results.json
 
 A random grid of rules, sizes and logits. Ids must be the same unless the two keys lie within 2 units in the last place, weights
-within 4. Then what only a GPU can show: offsets beyond 2^31, CUDA graphs, torch.compile, the operator's own checks. Last, times
-inside a CUDA graph and launched from Python. Exits 1 if anything is wrong.
+within 4, or not further from float64 than the plain rule's. Then what only a GPU can show: offsets beyond 2^31, CUDA graphs,
+torch.compile, the operator's own checks; and the gate's product for few tokens. Last, times inside a CUDA graph and launched
+from Python. Exits 1 if anything is wrong.
 
 Shape suffixes: T tokens, K chosen experts, E experts.
 """
@@ -26,8 +27,8 @@ import triton
 
 from moerunner import MoERunner
 from moerunner.bench.timing import eager_seconds, graph_seconds
+from moerunner.kernels.route import _logits_of_few, triton_route
 from moerunner.kernels.route import route as one_launch
-from moerunner.kernels.route import triton_route
 from moerunner.ops import route as plain
 from moerunner.spec import ExpertsSpec, GroupSpec, MoESpec, RoutingSpec, SharedSpec
 from moerunner.values import TopK
@@ -38,14 +39,14 @@ LOGITS = ("normal", "near", "wide", "negative", "ties", "equal", "nan", "inf", "
 TIMED = {
     "128/8 softmax": (128, 8, RoutingSpec(renormalise="sum")),
     "256/8 sigmoid, groups, bias": (
-        256, 8,
-        RoutingSpec(
-            score="sigmoid", selection_bias=True, renormalise="sum", eps=1e-20, groups=GroupSpec(count=8, kept=4)
-        ),
+        256,
+        8,
+        RoutingSpec(score="sigmoid", selection_bias=True, renormalise="sum", eps=1e-20, groups=GroupSpec(count=8, kept=4)),
     ),
     "512/10 softmax": (512, 10, RoutingSpec(renormalise="sum")),
     "32/4 softmax_topk": (32, 4, RoutingSpec(score="softmax_topk", choose="logit")),
-}  # fmt: skip
+}
+HIDDEN = {128: 2048, 256: 7168, 512: 2048, 32: 2880}  # fmt: skip
 
 
 def layer(routing: RoutingSpec, experts: int, top_k: int, **rest) -> MoESpec:
@@ -184,7 +185,12 @@ def compare(case: int) -> dict[str, object]:
             distance = torch.cat([distance, apart(got.shared_weights[rows], expected.shared_weights[rows])], 1)
         worst = int(distance.max()) if distance.numel() else 0
         if worst > 4:
-            wrong.append(f"weights {worst} apart in {int((distance > 4).sum())} of {distance.numel()}")
+            exact = plain.route(z.double(), spec, scale=scale, **inputs)
+            rows &= (exact.ids == got.ids).all(1)
+            ours, theirs = (int(apart(t.weights[rows], exact.weights[rows]).max()) for t in (got, expected))
+            facts |= {"from float64": {"one launch": ours, "plain": theirs}}
+            if ours > max(4, theirs):
+                wrong.append(f"weights {worst} apart in {int((distance > 4).sum())} of {distance.numel()}")
         again = one_launch(z, spec, scale=scale, **inputs)
         if not (torch.equal(again.ids, got.ids) and torch.equal(again.weights.nan_to_num(), got.weights.nan_to_num())):
             wrong.append("not the same bits twice")
@@ -227,9 +233,22 @@ def only_on_a_gpu() -> list[str]:
         ids, weights = torch.compile(twice, fullgraph=True)(z)
         if not (torch.equal(ids, twice(z)[0]) and torch.equal(weights, twice(z)[1])):
             wrong.append(f"compiled for {tokens} tokens")
+    for (experts, hidden), tokens, dtype in itertools.product(
+        HIDDEN.items(), (1, 2, 3, 8, 16), (torch.bfloat16, torch.float32)
+    ):
+        x, gate = torch.randn(tokens, hidden, device="cuda").bfloat16(), torch.randn(experts, hidden, device="cuda").to(dtype)
+        exact = x.double() @ gate.double().T
+        ours, theirs = _logits_of_few(x, gate, None), plain.gate_logits(x, gate, None, spec.routing)
+        ours, theirs = ((z - exact).abs().max().item() for z in (ours, theirs))
+        if not ours <= 2 * theirs + 1e-6 * exact.abs().max().item():
+            wrong.append(
+                f"the gate's product of {tokens} x {hidden} and {experts} in {dtype}: {ours} from float64, not {theirs}"
+            )
     bias = torch.randn(64, device="cuda")
     numbers = (60, 4, 1, False, 1.0, None, 4, 2, True, float("-inf"), 1, 1e-20, 2.0, 0.01, 1, 1.0)
-    torch.library.opcheck(triton_route, (torch.randn(5, 64, device="cuda"), bias[:60], None, None, None, None, None, *numbers))
+    torch.library.opcheck(
+        triton_route, (torch.randn(5, 64, device="cuda"), None, None, bias[:60], None, None, None, None, None, *numbers)
+    )
     grouped = dataclasses.replace(
         spec, routing=dataclasses.replace(spec.routing, selection_bias=True, groups=GroupSpec(count=8, kept=4))
     )
@@ -255,6 +274,22 @@ def timed() -> list[dict[str, object]]:
             calls = [lambda rule=rule, z=z, spec=spec, inputs=inputs: rule(z, spec, **inputs) for z in logits]
             row[f"{label}_graph_us"] = round(graph_seconds(calls) * 1e6, 2)
             row[f"{label}_eager_us"] = round(eager_seconds(calls) * 1e6, 1)
+        hidden = HIDDEN[experts]
+        if tokens <= 8:  # the gate's product too, from bfloat16
+            pairs = [
+                (torch.randn(tokens, hidden, device="cuda").bfloat16(), torch.randn(experts, hidden, device="cuda").bfloat16())
+                for _ in range(16)
+            ]
+            both = {
+                "plain": lambda x, w, spec=spec, inputs=inputs: plain.route(
+                    plain.gate_logits(x, w, None, spec.routing), spec, **inputs
+                ),
+                "one_launch": lambda x, w, spec=spec, inputs=inputs: one_launch(x, spec, gate=w, **inputs),
+            }
+            for label, rule in both.items():
+                calls = [lambda rule=rule, pair=pair: rule(*pair) for pair in pairs]
+                row[f"{label}_with_gate_graph_us"] = round(graph_seconds(calls) * 1e6, 2)
+                row[f"{label}_with_gate_eager_us"] = round(eager_seconds(calls) * 1e6, 1)
         found.append(row)
         print(row, flush=True)
     return found
@@ -274,6 +309,7 @@ def main() -> None:
         "slots": sum(int(c["slots"]) for c in done),  # type: ignore[call-overload]
         "ids within 2 units of each other": sum(int(c["excused"]) for c in done),  # type: ignore[call-overload]
         "weights, units apart": {n: sum(c["apart"] == n for c in done) for n in sorted({int(c["apart"]) for c in done})},  # type: ignore[call-overload]
+        "beyond 4, from float64": [c["from float64"] for c in done if "from float64" in c],
         "not the same bits alone": sum(not c["invariant"] for c in done),
     }
     print(summary, flush=True)

@@ -53,7 +53,9 @@ class Verbs:
         self._finish = self._chain("finish", "out")
         self._experts_step, self._combine_step = self._only("experts"), self._only("combine")
         self._scales_weights, self._route_name = self._only("route").scales, self._only("route").name
-        self._rule = _one_launch_rule() if self._only("route").one_launch else route
+        gate, one_launch = plan.step("gate"), self._only("route").one_launch
+        self._rule = _one_launch_rule() if one_launch else route
+        self._gate_tokens = gate.few[0] if one_launch and gate is not None else 0
         scale = plan.step("scale") or next((s for s in plan.steps if s.verb == "experts" and s.scales), None)
         self._scale_name = scale.name if scale is not None else ""
         on_input = self.spec.routing.weights_on == "input"
@@ -132,7 +134,7 @@ class Verbs:
         spec = self.spec
         if topk is not None:
             return self._brought(topk, x_TH.shape[0])
-        routing = spec.routing
+        routing, product = spec.routing, {}
         if routing.score == "external":
             raise SpecError("the spec's router is external", where="route", next_step="Pass topk to the runner")
         if router_logits is not None:
@@ -149,7 +151,11 @@ class Verbs:
                 raise SpecError(f"has shape {list(seen.shape)}, expected {wanted}", where="router_input")
             if routing.input_transform is not None:
                 seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype)
-            logits = gate_logits(seen, w.tensors["gate"], w.tensors.get("gate_bias"), routing)
+            gate, bias = w.tensors["gate"], w.tensors.get("gate_bias")
+            if 0 < seen.shape[0] <= self._gate_tokens and seen.dtype != torch.float64:
+                logits, product = seen, {"gate": gate, "gate_bias": bias}
+            else:
+                logits = gate_logits(seen, gate, bias, routing)
         get, sets = w.tensors.get, range(routing.modalities)
         double = logits is not None and logits.dtype == torch.float64  # a caller's, which one launch would round to float32
         return (route if double else self._rule)(
@@ -164,6 +170,7 @@ class Verbs:
             num_tokens=x_TH.shape[0],
             device=x_TH.device,
             scale=self._scales_weights,
+            **product,
         )
 
     def _brought(self, topk: TopK, tokens: int) -> TopK:

@@ -1,10 +1,11 @@
-"""Routing in one launch: the custom op `moerunner::route`, from logits to ids and weights.
+"""Routing in one launch: the custom op `moerunner::route`, from logits (or few tokens and the gate) to ids and weights.
 
 The rules are those of `ops/route.py`, in float32, with the same roundings: scores are the same bits wherever PyTorch computes
 them element by element, so that the same experts win. A row of logits lies in the registers of one warp. The best key is taken
 K times; a key that was taken holds its place from then on, so ids and weights are stored from where their logits lie.
 
-Shape suffixes: T tokens, E experts that can be chosen (zero experts too), K chosen, S router-weighted shared experts.
+Shape suffixes: T tokens, E experts that can be chosen (zero experts too), K chosen, S router-weighted shared experts, L = E + S
+logits, H hidden.
 """
 
 from __future__ import annotations
@@ -121,9 +122,44 @@ def _close_to(top, z, left, JITTER: tl.constexpr):
     return tl.div_rn(_exp(top - peak), tl.sum(_exp(near - peak), 1, keep_dims=True))
 
 
-# A stride that is known to be 1 would give a thread neighbouring logits. Unknown, it gives a thread every 32nd, which is how
-# PyTorch sums a softmax (so these sums are the same bits too), and ids need not change threads before they are stored.
-@triton.jit(do_not_specialize=["T", "stride_e"])
+@triton.jit(do_not_specialize=["T"])
+def _gate(
+    x_TH,
+    gate_LH,
+    bias_L,
+    logits_TL,
+    T,
+    L,
+    hidden,
+    stride_xt,
+    stride_xh,
+    stride_gl,
+    stride_gh,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One logit of TOKENS tokens: float32 products of what is stored in any dtype, summed once at the end."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = t < T
+    acc = tl.zeros([TOKENS, BLOCK_K], tl.float32)
+    for start in range(0, hidden, BLOCK_K):
+        h = start + tl.arange(0, BLOCK_K)
+        rest = h < hidden
+        g = tl.load(gate_LH + row * stride_gl + h.to(tl.int64) * stride_gh, mask=rest, other=0.0).to(tl.float32)
+        at = t[:, None] * stride_xt + h.to(tl.int64)[None, :] * stride_xh
+        acc += tl.load(x_TH + at, mask=inside[:, None] & rest[None, :], other=0.0).to(tl.float32) * g[None, :]
+    z = tl.sum(acc, 1)
+    if bias_L is not None:
+        z += tl.load(bias_L + row).to(tl.float32)
+    tl.store(logits_TL + t * L + row, z, mask=inside)
+
+
+# Loads of several logits at once would give a thread neighbours. One at a time, a thread has every 32nd, which is how PyTorch
+# sums a softmax (so those sums are the same bits), and ids need not change threads before they are stored.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["logits"])
 def _route(
     logits,
     selection_bias,
@@ -261,7 +297,9 @@ def _route(
 
 @torch.library.custom_op("moerunner::route", mutates_args=())
 def triton_route(
-    logits: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
     selection_bias: Tensor | None,
     per_expert_scale: Tensor | None,
     global_scale: Tensor | None,
@@ -288,18 +326,20 @@ def triton_route(
     """ids [T, K] int64, weights [T, K] and weights of shared experts [T, S], both float32.
 
     Args:
-        logits: [T, experts + S], any strides, float32 or narrower. selection_bias, per_expert_scale: [E]; global_scale: [1].
+        x: logits [T, L], or tokens [T, H] with gate [L, H] and gate_bias [L]; any strides, float32 or narrower. A second kernel
+            then follows the gate's; it is meant for few tokens.
+        selection_bias, per_expert_scale: [experts]; global_scale: [1].
         hash_table: [vocab, K], with input_ids [T] in place of a choice by key. token_types: [T], with modalities above 1.
         score: index into `SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0; groups=1 is
             none. renormalise: index into `RENORMALISE`. factor: on all weights.
     """
-    tokens, device = logits.shape[0], logits.device
-    ids, weights, shared = _empty(logits, experts, top_k)
+    tokens, device = x.shape[0], x.device
+    ids, weights, shared = _empty(x, gate, experts, top_k)
     if tokens == 0:
         return ids, weights, shared
+    z: Tensor = computable(x) if gate is None else _logits_of_few(x, gate, gate_bias)  # type: ignore[assignment]
     gp, mp = power_of_2(groups), power_of_2(experts // groups)
     rows, warps = tile(tokens, gp * mp)
-    z: Tensor = computable(logits)  # type: ignore[assignment]
     learned = (selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types)
     launch(
         _route, (blocks(tokens, rows),), z,
@@ -307,38 +347,57 @@ def triton_route(
         tokens, *z.stride(), experts, top_k, shared.shape[1], score, by_logit, logit_scale, logit_softcap,
         groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
         gp, mp, power_of_2(top_k), power_of_2(max(1, shared.shape[1])), rows,
-        device=device, warps=warps, first=True, exact=True,
+        device=device, warps=warps, first=gate is None, exact=True,
     )  # fmt: skip
     return ids, weights, shared
 
 
 @triton_route.register_fake
 def _(
-    logits, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, experts, top_k, score, by_logit,
-    logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
+    x, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, experts, top_k,
+    score, by_logit, logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
 ):  # fmt: skip
-    return _empty(logits, experts, top_k)
+    return _empty(x, gate, experts, top_k)
 
 
-def _empty(logits: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, device = logits.shape[0], logits.device
+def _empty(x: Tensor, gate: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, device = x.shape[0], x.device
+    shared = (x.shape[1] if gate is None else gate.shape[0]) - experts
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
-    return ids, weights, torch.empty(tokens, logits.shape[1] - experts, dtype=torch.float32, device=device)
+    return ids, weights, torch.empty(tokens, shared, dtype=torch.float32, device=device)
+
+
+def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    """[T, L] in float32. Tiles as measured on an H200: one read of a row of the gate serves up to four tokens."""
+    x, gate = computable(x), computable(gate)  # type: ignore[assignment]
+    (tokens, hidden), count = x.shape, gate.shape[0]
+    at_once, block, warps = (1, 8192, 4) if tokens == 1 else (2, 2048, 8) if tokens == 2 else (4, 1024, 4)
+    z = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
+    launch(
+        _gate, (count, blocks(tokens, at_once)),
+        x, gate, None if bias is None else computable(bias.contiguous()), z, tokens, count, hidden,
+        *x.stride(), *gate.stride(), at_once, min(block, power_of_2(hidden)),
+        device=x.device, warps=warps, first=True,
+    )  # fmt: skip
+    return z
 
 
 def tile(tokens: int, lanes: int) -> tuple[int, int]:
-    """Tokens and warps of a program: one warp per token, a wide row in four while tokens are few; as measured on an H200."""
-    if tokens <= 1024:
-        return 1, 4 if lanes >= 512 else 1
-    rows = max(1, min(4, 256 // lanes))
-    return rows, rows
+    """Tokens and warps of a program, as measured on an H200. A warp holds a token's row, or four tokens' short rows while there
+    are many (starting programs takes time too); four warps hold a long row while tokens are few.
+    """
+    if tokens > 1024 and lanes <= 64:
+        return (4, 4) if lanes <= 32 else (2, 1)
+    return 1, 4 if tokens <= 1024 and lanes >= 512 else max(1, lanes // 512)
 
 
 def route(
     logits: Tensor,
     spec: MoESpec,
     *,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     selection_bias: Tensor | None = None,
     per_expert_scale: Tensor | None = None,
     global_scale: Tensor | None = None,
@@ -349,7 +408,10 @@ def route(
     device: torch.device | None = None,
     scale: bool = False,
 ) -> TopK:
-    """`ops.route.route` on float32 logits (or narrower ones). num_tokens, device: of simulated routing, which this is not."""
+    """`ops.route.route` on float32 logits (or narrower ones), or with gate [L, H] on few tokens in their place.
+
+    num_tokens, device: of simulated routing, which this is not.
+    """
     r = spec.routing
     g = r.groups
     if r.choose == "hash" and (hash_table is None or input_ids is None):
@@ -357,8 +419,8 @@ def route(
     if r.modalities > 1 and token_types is None:
         raise SpecError("needs the tokens' types", where="modality routing", next_step="Pass token_types to the runner")
     ids, weights, shared = triton_route(
-        logits, selection_bias, per_expert_scale, global_scale, hash_table if r.choose == "hash" else None, input_ids,
-        token_types, spec.num_experts + spec.zero_experts, spec.top_k, SCORES.index(r.score),
+        logits, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table if r.choose == "hash" else None,
+        input_ids, token_types, spec.num_experts + spec.zero_experts, spec.top_k, SCORES.index(r.score),
         r.choose == "logit" or r.score == "sparsemixer", r.logit_scale, r.logit_softcap,
         g.count if g else 1, g.kept if g else 1, g is not None and g.score == "top2_sum",
         0.0 if g is not None and g.fill == "zero" else float("-inf"),

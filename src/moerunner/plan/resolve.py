@@ -52,6 +52,10 @@ def resolve(
     return _Builder(spec, layout, dict(weights_meta), str(device).split(":")[0], dtype, options).plan()
 
 
+_FEW_GATE_TOKENS = 16
+"""Up to this many tokens the gate's product is a kernel of ours too, which reads its weight as it is stored."""
+
+
 class _Builder:
     """Collects steps, and asks the algebra for the state before each decision."""
 
@@ -112,15 +116,16 @@ class _Builder:
 
     def _route(self) -> None:
         r, spec = self.spec.routing, self.spec
+        against = self._against_one_launch()
         if r.score != "external" and r.simulate is None:
-            self.add("gate", value="topk", reads="tokens", reason="reads the caller's tokens at full width")
+            few = (0, "") if against or r.logits_dtype == "model" else (_FEW_GATE_TOKENS, "triton")
+            self.add("gate", value="topk", reads="tokens", few=few, reason="reads the caller's tokens at full width")
         in_weights = not spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
         reason = f"the factor {spec.routed_scaling_factor} is applied to the weights" if in_weights else ""
         if r.simulate is not None or r.score == "external":
             kernel = "simulated" if r.simulate else "the caller"
             self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason)
             return
-        against = self._against_one_launch()
         kernel = r.score if against else f"{r.score} in one launch"
         refused = (("one launch", against),) if against else ((r.score, f"one launch is preferred on {self.device}"),)
         self.add(

@@ -165,6 +165,18 @@ def test_strides_and_narrow_dtypes(device, dtype):
     assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5])
+def test_from_tokens_and_the_gate(device, tokens, dtype):
+    """Few tokens: float32 products of the gate as it is stored, any strides, a hidden size that no tile divides."""
+    spec = RULES["shared experts"]
+    x, gate = torch.randn(tokens, 2100, device=device).to(dtype)[:, ::2], torch.randn(1050, 11, device=device).to(dtype).T / 32
+    bias, inputs = torch.randn(11, device=device), draw_inputs(spec, tokens, device)
+    got = route(x, spec, gate=gate, gate_bias=bias, **inputs)
+    z = (x.double() @ gate.double().T + bias.double()).float()
+    assert_same(got, plain(z, spec, **inputs), units=50)
+
+
 @pytest.mark.parametrize(("name", "missing"), [("hash", "input_ids"), ("hash", "hash_table"), ("modalities", "token_types")])
 def test_an_input_that_is_missing(device, name, missing):
     inputs = {**draw_inputs(RULES[name], 2, device), missing: None}
@@ -180,7 +192,7 @@ def test_an_input_that_is_missing(device, name, missing):
 def test_opcheck(device, tokens):
     z, bias = torch.randn(tokens, 10, device=device), torch.randn(8, device=device)
     numbers = (8, 2, 1, False, 1.0, None, 2, 1, True, 0.0, 1, 0.0, 2.0, 0.01, 1, 1.0)
-    torch.library.opcheck(triton_route, (z, bias, None, None, None, None, None, *numbers))
+    torch.library.opcheck(triton_route, (z, None, None, bias, None, None, None, None, None, *numbers))
 
 
 @pytest.mark.parametrize("name", ["groups, best two", "shared experts"])
@@ -208,7 +220,9 @@ def _plan(device="cuda", spec=RULES["sigmoid"], **options):
 
 
 def test_a_plan_routes_in_one_launch_on_a_gpu():
-    step = _plan().step("route")
+    step, gate = _plan().step("route"), _plan().step("gate")
+    assert gate.few == (16, "triton")
+    assert _plan(spec=layer(logits_dtype="model")).step("gate").few == (0, "")
     assert (step.one_launch, step.name) == (True, "route (sigmoid in one launch)")
     assert "not sigmoid: one launch is preferred on cuda" in _plan().explain()
 
@@ -227,6 +241,7 @@ def test_a_plan_that_does_not_says_why(changes, reason):
     plan = _plan(**changes)
     step = plan.step("route")
     assert not step.one_launch
+    assert plan.step("gate").few == (0, "")
     assert step.refused == (("one launch", reason),)
     assert f"not one launch: {reason}" in plan.explain()
 
@@ -259,9 +274,14 @@ def test_a_runner_routes_by_its_plan(device, name):
     runner = MoERunner(spec, weights)
     verbs = Verbs(resolve(spec, None, weights.meta(), "cuda"), runner._comm, runner._slots)
     without = resolve(spec, None, weights.meta(), "cuda", Options(grad=True))
-    x = torch.randn(4, 16, device=device)
-    inputs = {"input_ids": torch.randint(7, (4,), device=device), "token_types": torch.randint(2, (4,), device=device)}
-    expected = Verbs(without, runner._comm, runner._slots).route(x, weights, **inputs)
-    assert_same(verbs.route(x, weights, **inputs), expected)
-    logits = torch.randn(4, spec.num_logits, device=device, dtype=torch.float64)
-    assert verbs.route(x, weights, router_logits=logits, **inputs).weights.dtype == torch.float64
+    routes = [verbs.route, Verbs(without, runner._comm, runner._slots).route]
+    for tokens in (4, 17):  # the gate's product is a kernel for the first, PyTorch's for the second
+        inputs = {n: torch.randint(c, (tokens,), device=device) for n, c in (("input_ids", 7), ("token_types", 2))}
+        x = torch.randn(tokens, 16, device=device)
+        got, expected = (route(x, weights, **inputs) for route in routes)
+        assert_same(got, expected, units=50)
+        logits = torch.randn(tokens, spec.num_logits, device=device)
+        got, expected = (route(x, weights, router_logits=logits, **inputs) for route in routes)
+        assert_same(got, expected)
+        for double in ({"router_logits": logits.double()}, {"router_input": x.double()}):
+            assert verbs.route(x, weights, **double, **inputs).weights.dtype == torch.float64
