@@ -35,13 +35,15 @@ def tiered(cases, always=()):
 
 
 def build(case, dtype=torch.float32, **changes):
-    """Drawn anew in every run. Parameters alone are cast: Transformers too keeps its buffers in float32."""
+    """Drawn anew in every run. Buffers are not cast, and neither is what Transformers keeps in float32 at loading."""
     family, own = CASES[case]
     if family not in CONFIGS:
         pytest.skip(f"this Transformers has no {family}")
     model = tiny_model(family, seed=int(torch.randint(2**31, ())), **{**own, **changes})
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    kept = [f".{part}." for part in model._keep_in_fp32_modules_strict]
+    for name, parameter in model.named_parameters():
+        if not any(part in f".{name}." for part in kept):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
