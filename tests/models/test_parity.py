@@ -164,8 +164,9 @@ def test_gradients_of_every_parameter_equal_those_of_transformers(case):
     least = 1e-2 * max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
     for name, parameter in patched.named_parameters():
         wanted = expected[name]
-        assert (parameter.grad is None) == (wanted is None), name
-        if wanted is not None:  # much smaller ones are what is left of large ones that cancel
+        if wanted is None:  # an expert that nobody chose; where all are put together, it gets a gradient of 0
+            assert parameter.grad is None or (CASES[case][0] in COPY and not parameter.grad.any()), name
+        else:  # much smaller ones are what is left of large ones that cancel
             assert float((parameter.grad - wanted).abs().max()) <= 2e-5 * max(least, float(wanted.abs().max())), name
 
 

@@ -512,10 +512,6 @@ def test_an_unknown_topk_method_leaves_the_blocks_as_they_are():
     assert "topk_method 'noaux_tc'" in reason
 
 
-def test_biases_of_shared_experts_leave_the_blocks_as_they_are():
-    assert "bias" in patch(build("deepseek_v2-greedy", mlp_bias=True)).skipped[0].reason
-
-
 def test_an_activation_that_is_not_offered_leaves_the_blocks_as_they_are():
     assert "'mish'" in patch(build("mixtral-top2", hidden_act="mish")).skipped[0].reason
 

@@ -267,14 +267,14 @@ class PatchedForward:
         list(self.source.modules())  # what raises must raise before the call: a router must not be called twice
         named = {**given, "x": x.reshape(-1, x.shape[-1]) if router.flat else x}
         passed = [name for name in router.takes if name != "input_ids" or spec.routing.choose == "hash"]
-        answer = block.get_submodule(router.path)(*(reach(block, n[1:]) if n[0] == "." else named.get(n) for n in passed))
+        answer: Any = block.get_submodule(router.path)(*(reach(block, n[1:]) if n[0] == "." else named.get(n) for n in passed))
         if external or self.source.router_is_watched(recorders=False):
             return answer, {"topk": self.chosen_by(answer)}
         if router.logits is not None:
-            chosen["router_logits"] = answer if isinstance(answer, Tensor) else answer[router.logits]
+            chosen["router_logits"] = answer[router.logits] if isinstance(answer, tuple) else answer
         return answer, chosen
 
-    def chosen_by(self, answer: tuple[Any, ...]) -> TopK:
+    def chosen_by(self, answer: Any) -> TopK:
         """The choice in what the block's own router returned."""
         router = self.source.family.router
         assert router is not None, "a block without a router is handed its choice"

@@ -55,6 +55,7 @@ class Keys:
 
     `keys("n_routed_experts")` is the value; the config's own aliases (`attribute_map`) work, and a dot goes into a nested
     config, `keys("ffn_config.moe_top_k")`. layer: the block's index in its stack, for values that are lists per layer.
+    `keys("swiglu_limit", 7.0)`: an older Transformers has no such key, and this number in its code.
     """
 
     def __init__(self, config: Any, layer: int | None = None) -> None:
@@ -63,18 +64,22 @@ class Keys:
         self._config, self.layer = config, layer
         self._seen: set[str] = set()
 
-    def __call__(self, name: str) -> Any:
+    def __call__(self, name: str, *older: Any) -> Any:
         value: Any = self._config
         for part in name.split("."):
             value = value.get(part, self) if isinstance(value, dict) else getattr(value, part, self)
+            if value is self and older:
+                return older[0]
             if value is self:
                 raise MissingKey(f"has no key {name!r}", where=type(self._config).__name__)
         self._seen.add(name)
         return value
 
     def here(self, name: str) -> Any:
-        """This layer's value of a key that has one for each layer."""
+        """This layer's value of a key that may have one for each layer."""
         values = self(name)
+        if not isinstance(values, (list, tuple)):
+            return values
         if self.layer is not None:
             return values[self.layer]
         if len(set(values)) > 1:
@@ -143,9 +148,10 @@ class Router:
     flat: it is called with [tokens, hidden]; otherwise with the block's input as it is. takes: its arguments: a name that
         `Family.takes` gives to an argument of the block, or `.path` for an attribute of the block. `input_ids` are passed
         only where the spec routes by table.
-    logits: place of the gate's product, None where it is not there as it was. weights, ids: places of the choice. choice: for
-        a router that answers in another form: from its answer and k to weights and ids, [T, k], and to the weights of shared
-        experts that the router weighs; an id of -1 is no expert.
+    logits: place of the gate's product, None where it is not there as it was; an answer that is a tensor is that product.
+    weights, ids: places of the choice. choice: for a router that answers in another form: from its answer and k to weights and
+        ids, [T, k], and to the weights of shared experts that the router weighs; an id of -1 is no expert. A name: the block's
+        method that makes weights and ids of the answer.
     The module is called when someone listens to it or `returns` needs it; a spec with score="external" takes weights and ids
     from it always.
     """
@@ -156,7 +162,7 @@ class Router:
     ids: int = 2
     flat: bool = False
     takes: tuple[str, ...] = ("x",)
-    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, ...]] | None = None
+    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, ...]] | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +184,7 @@ class Family:
         result, and of `logits`, the gate's product (of the token's own set, where there are several).
     training: what the block does in training mode and the runner does not, by the attribute that says how strongly (0 and None:
         not at all; "" always). Such a block is refused in training mode.
+    older: fields that differ where the block's class is that of an older Transformers, by its `reference.fingerprint`.
     """
 
     name: str
@@ -192,6 +199,7 @@ class Family:
     takes: Mapping[str, str] = field(default_factory=lambda: {"hidden_states": "x"})
     returns: tuple[Literal["hidden", "flat", "logits"] | int, ...] = ("hidden",)
     training: Mapping[str, str] = field(default_factory=dict)
+    older: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def like(self, name: str, *blocks: str, package: str = "", **changes: Any) -> Family:
         """The entry of a family whose blocks are the same but for what `changes` says; blocks as in `hf`."""

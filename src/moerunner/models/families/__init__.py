@@ -4,7 +4,7 @@ One file per way of scoring the experts. Every entry was compared with Transform
 (tests/models).
 """
 
-from moerunner.models.families import chosen, external, grouped, hashed, sigmoid, sigmoid_unusual, softmax
+from moerunner.models.families import chosen, external, grouped, hashed, sigmoid, sigmoid_unusual, singular, softmax
 
 TABLE = (
     *softmax.TABLE,
@@ -14,6 +14,7 @@ TABLE = (
     *chosen.TABLE,
     *hashed.TABLE,
     *external.TABLE,
+    *singular.TABLE,
 )
 
 # Blocks that look like a mixture of experts and stay as they are, with the reason.

@@ -34,8 +34,8 @@ PLACEMENT = "which layers are MoE; blocks are found by their class"
 NOT_READ = "published with checkpoints; Transformers' code of the family does not read it"
 
 
-def plain_shared(c: Keys, count: str) -> SharedSpec | None:
+def plain_shared(c: Keys, count: str, *, bias: bool = False) -> SharedSpec | None:
     """Shared experts as wide as the routed ones, `count` of them; without any, the block has an empty MLP that adds 0."""
     if not c(count):
         return None
-    return SharedSpec(width=c("moe_intermediate_size"), count=c(count), activation=activation(c("hidden_act")))
+    return SharedSpec(width=c("moe_intermediate_size"), count=c(count), activation=activation(c("hidden_act")), bias=bias)
