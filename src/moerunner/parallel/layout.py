@@ -118,10 +118,22 @@ class Layout:
         """How many of `tokens` rows each rank of one copy gets when they are sharded: split over ep, then over tp."""
         return [n for part in split_counts(tokens, self.ep) for n in split_counts(part, self.tp)]
 
-    def bind(self, mesh: Any) -> BoundLayout:
-        """Attaches a torch `DeviceMesh` with the dimensions dp, ep, tp (those above 1 must be there)."""
-        from moerunner.parallel.comm import TorchComm
+    def bind(self, mesh: Any = None) -> BoundLayout:
+        """Attaches the layout to its ranks.
 
+        Args:
+            mesh: a torch `DeviceMesh` with the dimensions dp, ep, tp (those above 1 must be there). None: one over all ranks
+                of the process group that there is; where there is none, it is made from what torchrun puts into the
+                environment, with NCCL where there are GPUs, of which each process takes that of its LOCAL_RANK, and gloo.
+
+        Raises:
+            DistributedError: there is neither a process group nor torchrun, or not with this many ranks.
+        """
+        from moerunner.parallel.comm import TorchComm
+        from moerunner.parallel.start import mesh_over_all
+
+        if mesh is None:
+            mesh = mesh_over_all({axis: getattr(self, axis) for axis in AXES}, self.timeout)
         return BoundLayout(self, TorchComm(self, mesh))
 
 

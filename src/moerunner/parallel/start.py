@@ -1,0 +1,74 @@
+"""How a process finds the others: the process group that a program has made, or the one that torchrun describes."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from moerunner.errors import DistributedError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def mesh_over_all(sizes: Mapping[str, int], timeout: float) -> Any:
+    """A `DeviceMesh` with these dimensions over all ranks; where there is no process group yet, makes one.
+
+    Args:
+        sizes: ranks along each dimension, by its name; the last counts fastest.
+        timeout: seconds that a collective of a process group made here may take.
+
+    Raises:
+        DistributedError: there is neither a process group nor torchrun, or not with this many ranks.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world = math.prod(sizes.values())
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if not dist.is_available():
+        raise DistributedError("this build of torch has no torch.distributed", where="Layout.bind")
+    here = dist.get_world_size() if dist.is_initialized() else _ranks_of_torchrun()
+    if here != world:
+        found = "there is no process group" if here is None else f"there are {here} processes"
+        raise DistributedError(
+            f"the layout has {world} ranks ({text}), {found}",
+            where="Layout.bind",
+            next_step=f"Start it as torchrun --nproc-per-node {world} ..., or call init_process_group in {world} processes",
+        )
+    if not dist.is_initialized():
+        _init(timeout)
+    device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _ranks_of_torchrun() -> int | None:
+    """How many processes torchrun started, None if this is not one of them."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else None
+
+
+def _init(timeout: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        local, devices = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+        if local >= devices:
+            what = f"is process {local} on this machine, which shows it {devices} GPUs"
+            step = "Start one process per GPU; CUDA_VISIBLE_DEVICES= runs them on CPUs"
+            raise DistributedError(what, where=f"rank {os.environ['RANK']}", next_step=step)
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    atexit.register(_end)
+
+
+def _end() -> None:
+    """A process that ends with groups open aborts now and then, as their threads outlive what they use."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
