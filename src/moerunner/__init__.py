@@ -59,6 +59,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RMSNorm",
+    "ReferenceWarning",
     "Replaced",
     "Report",
     "RoutingSpec",
@@ -78,7 +79,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "errors": "CheckpointError DistributedError MoEError PlanError SpecError UnsupportedError WeightsError",
+    "errors": "CheckpointError DistributedError MoEError PlanError ReferenceWarning SpecError UnsupportedError WeightsError",
     "experts": "fused_experts",
     "models": "Replaced Report Skipped load load_weights patch unpatch",
     "parallel": "Layout",

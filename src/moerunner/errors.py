@@ -54,3 +54,7 @@ class UnsupportedError(MoEError):
 
 class DistributedError(MoEError, RuntimeError):
     """A rank failed, or ranks disagree."""
+
+
+class ReferenceWarning(UserWarning):
+    """Transformers' code of a block is none that its family was verified with."""

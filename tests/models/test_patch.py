@@ -279,6 +279,7 @@ def test_report_as_text_and_as_data(deepseek):
                 "reason": "experts.down_proj has shape [16, 32, 25], its config asks for [16, 32, 24]",
             }
         ],
+        "notes": [],
     }
     heads = [line.split("  ")[0] for line in str(report).splitlines()]
     assert heads == ["replaced", "model.layers.1.mlp", "", "left as it is", "model.layers.2.mlp"]

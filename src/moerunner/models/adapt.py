@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
 from torch import nn
 
-from moerunner.errors import PlanError, UnsupportedError, WeightsError
+from moerunner.errors import PlanError, ReferenceWarning, UnsupportedError, WeightsError
 from moerunner.experts import registry
+from moerunner.models import reference
 from moerunner.models.block import Changed, forward_of, slot_of
 from moerunner.models.load import load as load  # callers find it here too
 from moerunner.models.prepare import copied_bytes, prepare, sites
@@ -25,6 +27,7 @@ def patch(model: nn.Module, layout: Layout | None = None, backend: str = "auto")
     Only the `forward` of the blocks is replaced, and weights are read from the model's own tensors at each call: names,
     hooks, saving, training, copies of the model, `.to()` go on as before. A block that is changed later in a way that the
     runner cannot honour (an adapter, a hook on its experts) warns and runs its own forward. Patching twice changes nothing.
+    One whose source in Transformers is none that its family was verified with is run, with a `ReferenceWarning`.
 
     Args:
         model: a Transformers model, or any module that contains blocks of a known family.
@@ -38,6 +41,7 @@ def patch(model: nn.Module, layout: Layout | None = None, backend: str = "auto")
     if backend != "auto":
         registry.get(backend)
     report, ready = Report(), []
+    changed: dict[str, set[str]] = {}
     for site in sites(model):
         block, present = site.block, forward_of(site.block)
         try:
@@ -49,11 +53,15 @@ def patch(model: nn.Module, layout: Layout | None = None, backend: str = "auto")
             continue
         if present is None:
             ready.append((block, forward))
+        changed.setdefault(source.family.name, set()).update(reference.unknown(source.family, block))
         report.replaced.append(
             Replaced(site.name, source.family.name, runner.plan.backend, copied, already=present is not None)
         )
     for block, forward in ready:
         setattr(block, slot_of(block), forward)
+    report.notes.extend(reference.warning(family, sorted(classes)) for family, classes in changed.items() if classes)
+    for note in report.notes:
+        warnings.warn(note, ReferenceWarning, stacklevel=2)
     return report
 
 

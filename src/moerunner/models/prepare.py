@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
-from moerunner.models import registry
+from moerunner.models import reference, registry
 from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, refuse_training, slot_of
 from moerunner.models.entry import Family, Keys, MissingKey, View, pieces
 from moerunner.models.experts_function import as_family, is_experts_module
@@ -115,6 +116,8 @@ def spec_of(site: Site) -> tuple[Family, Any, MoESpec]:
         family = as_family(site.block)
     if family is None:
         raise UnsupportedError(registry.why_not(type(site.block)))
+    if family.older:
+        family = dataclasses.replace(family, **family.older.get(reference.fingerprint(type(site.block)) or "", {}))
     missing = "there is none"
     for module in (site.block, *site.block.children(), *site.owners):
         config = getattr(module, "config", None)

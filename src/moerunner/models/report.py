@@ -31,10 +31,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Report:
-    """Every MoE block of a model: those that were replaced, and the others with the reason. `str` gives a table."""
+    """Every MoE block of a model: those that were replaced, and the others with the reason. `str` gives a table.
+
+    notes: what is no failure and should be known.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -55,7 +59,7 @@ class Report:
             lines += [""] * bool(lines) + _table(
                 ("left as it is", "because"), [(s.name or _ROOT, s.reason) for s in self.skipped]
             )
-        return "\n".join(lines)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

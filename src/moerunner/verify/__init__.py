@@ -90,6 +90,7 @@ def verify(
     loading, notes = compare_loading(net, model, dtype) if from_folder else ([], [])
     with _as_it_was(net), torch.no_grad():
         compared = _compare(net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
+    notes += compared.pop("notes")
     return VerifyReport(**facts, **compared, loading=loading, notes=notes, seconds=time.perf_counter() - start)
 
 
@@ -183,4 +184,5 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
         "same_top_token": int((actual.argmax(-1) == expected.argmax(-1)).sum()),
         "skipped": skipped + [f"{name}: not reached by these tokens" for name in replaced if name not in calls],
         "problems": problems,
+        "notes": report.notes,
     }

@@ -136,7 +136,9 @@ def _model_class(config: type) -> Any:
 
     module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    fit = [c for c in own if issubclass(c, PreTrainedModel) and c.config_class is config and "forward" in vars(c)]
+    models = [c for c in own if issubclass(c, PreTrainedModel) and "forward" in vars(c)]
+    name = config.__name__.removesuffix("Config")  # a release may forget to say which config a model has
+    fit = [c for c in models if c.config_class is config] or [c for c in models if c.__name__.startswith(name)]
     for ending in ("ForCausalLM", "ForConditionalGeneration", "TextModel", "Model", ""):
         found = next((c for c in fit if c.__name__.endswith(ending)), None)
         if found is not None:

@@ -27,8 +27,19 @@ _BIASED = _TRANSPOSED | {
     "b2": "experts.down_proj_bias",
 }
 _HOLDS_TOP_K = {"router.top_k": "num_experts_per_tok"}
-_HOLDS_OAI = _HOLDS_TOP_K | {"experts.alpha": "swiglu_alpha", "experts.limit": "swiglu_limit"}
 _HEAD = "the language model's head"
+_IDS_FIRST = {"router": Router("router", flat=True, logits=2, weights=1, ids=0)}  # until Transformers 5.20
+
+
+def _swiglu_alpha(c: Keys) -> float:
+    return c("swiglu_alpha", 1.702)
+
+
+def _swiglu_limit(c: Keys) -> float:
+    return c("swiglu_limit", 7.0)
+
+
+_HOLDS_OAI = _HOLDS_TOP_K | {"experts.alpha": _swiglu_alpha, "experts.limit": _swiglu_limit}
 
 
 def _granitemoe(c: Keys) -> MoESpec:
@@ -82,7 +93,7 @@ def _oai(c: Keys, logits_dtype: Any, *, apply_routed_scale_to_output: bool) -> M
         routing=RoutingSpec(score="softmax_topk", choose="logit", logit_bias=True, logits_dtype=logits_dtype),
         experts=ExpertsSpec(
             intermediate_size=c("intermediate_size"),
-            activation=ActivationSpec(kind="swigluoai", alpha=c("swiglu_alpha"), limit=c("swiglu_limit")),
+            activation=ActivationSpec(kind="swigluoai", alpha=_swiglu_alpha(c), limit=_swiglu_limit(c)),
             bias=True,
         ),
         apply_routed_scale_to_output=apply_routed_scale_to_output,
@@ -155,6 +166,20 @@ def _of_every_expert(answer: tuple[Any, ...], k: int) -> tuple[Tensor, Tensor]:
     return weights, ids
 
 
+def _softmax_of_chosen(answer: Any, k: int) -> tuple[Tensor, Tensor]:
+    """From the gate's product alone."""
+    logits, ids = answer.topk(k, dim=-1)
+    return logits.softmax(-1), ids
+
+
+_ARIA_5_17 = {  # the router is a linear layer, and so are the experts
+    "router": Router("router", flat=True, choice=_softmax_of_chosen),
+    "weights": _TRANSPOSED
+    | {"w13": View("experts.fc1.weight", "transposed"), "w2": View("experts.fc2.weight", "transposed")}
+    | SHARED
+    | SHARED_BIASES,
+    "holds": {},
+}
 _GRANITEMOE = Family(
     name="granitemoe",
     blocks=hf("granitemoe", "GraniteMoeMoE"),
@@ -164,6 +189,7 @@ _GRANITEMOE = Family(
     holds=_HOLDS_TOP_K,
     takes={"layer_input": "x"},
     ignored={"logits_scaling": _HEAD},
+    older={"a823da0f": _IDS_FIRST},
 )
 _GPT_OSS = Family(
     name="gpt_oss",
@@ -193,6 +219,7 @@ TABLE = (
         weights=_TRANSPOSED | SHARED | SHARED_BIASES,
         router=Router("router", flat=True),
         holds={"router.top_k": "moe_topk"},
+        older={"cf4528ef": _IDS_FIRST, "85050a26": _ARIA_5_17},
     ),
     Family(
         name="cohere2_moe",

@@ -157,6 +157,8 @@ _MIXTRAL = Family(
     training={"jitter_noise": "it adds noise to its input"},
     ignored={"router_jitter_noise": "noise in training only: see training"},
 )
+
+
 def _chosen_by_softmax(answer: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """From the gate's product alone."""
     weights, ids = answer.softmax(-1, dtype=torch.float32).topk(k, dim=-1)
