@@ -190,21 +190,30 @@ class _Probe:
         self._config, self._changes = config, changes or {}
         self.asked: list[str] = []
 
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether layers have configs of their own, which are read as they are. No key, so not asked for."""
+        return getattr(self._config, "is_heterogeneous", False)
+
     def __getattr__(self, name: str) -> Any:
         self.asked.append(name)
         return self._changes[name] if name in self._changes else getattr(self._config, name)
 
 
 def _filled(family: Family, config: Any) -> Any:
-    """The config with a number for each key that it leaves open and the entry reads: some classes have no default sizes.
+    """The config with a number for each key that it lacks or leaves open and the entry reads: some have no default sizes.
 
     The numbers descend, since an entry asks for the number of experts before the number to choose of them.
     """
-    probe = _Probe(config)
-    with contextlib.suppress(MoEError):
-        family.spec(Keys(probe))
-    still_open = [key for key in dict.fromkeys(probe.asked) if getattr(config, key, 0) is None]
-    return _Probe(config, {key: 2 ** (len(still_open) - i) for i, key in enumerate(still_open)})
+    probe, filled = _Probe(config), 0
+    while True:
+        with contextlib.suppress(MoEError):
+            family.spec(Keys(probe, 0))
+        still_open = [key for key in dict.fromkeys(probe.asked) if getattr(config, key, None) is None]
+        if len(still_open) == filled:
+            return probe
+        filled = len(still_open)  # an entry stops at the first key that is not there: what it asks for then is seen now
+        probe = _Probe(config, {key: 2 ** (filled - i) for i, key in enumerate(still_open)})
 
 
 def _activation(spec: MoESpec) -> str:
