@@ -192,8 +192,17 @@ class _Probe:
 
     @property
     def is_heterogeneous(self) -> bool:
-        """Whether layers have configs of their own, which are read as they are. No key, so not asked for."""
+        """Whether layers have configs of their own. No key, so not asked for."""
         return getattr(self._config, "is_heterogeneous", False)
+
+    @property
+    def per_layer_config(self) -> _Probe:
+        return self
+
+    def __getitem__(self, layer: int) -> _Probe:
+        one = _Probe(self._config.per_layer_config[layer], self._changes)
+        one.asked = self.asked
+        return one
 
     def __getattr__(self, name: str) -> Any:
         self.asked.append(name)
