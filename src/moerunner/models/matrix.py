@@ -122,7 +122,11 @@ def _configs(family: Family, reasons: list[str]) -> Iterator[Any]:
             reasons.append(f"Transformers {transformers.__version__} does not have it")
             continue
         towers = [getattr(config, tower, None) for tower in getattr(config, "sub_configs", {})]
-        yield from (config, *(tower for tower in towers if tower is not None))
+        for found in (config, *(tower for tower in towers if tower is not None)):
+            if getattr(found, "is_heterogeneous", False):
+                yield from (found.per_layer_config[layer] for layer in range(found.num_hidden_layers))
+            else:
+                yield found
 
 
 def _read(family: Family, config: Any, reasons: list[str]) -> dict[MoESpec, int]:
@@ -190,22 +194,9 @@ class _Probe:
         self._config, self._changes = config, changes or {}
         self.asked: list[str] = []
 
-    @property
-    def is_heterogeneous(self) -> bool:
-        """Whether layers have configs of their own. No key, so not asked for."""
-        return getattr(self._config, "is_heterogeneous", False)
-
-    @property
-    def per_layer_config(self) -> _Probe:
-        return self
-
-    def __getitem__(self, layer: int) -> _Probe:
-        one = _Probe(self._config.per_layer_config[layer], self._changes)
-        one.asked = self.asked
-        return one
-
     def __getattr__(self, name: str) -> Any:
-        self.asked.append(name)
+        if name != "is_heterogeneous":  # whether layers have configs of their own is no key
+            self.asked.append(name)
         return self._changes[name] if name in self._changes else getattr(self._config, name)
 
 
@@ -217,7 +208,7 @@ def _filled(family: Family, config: Any) -> Any:
     probe, filled = _Probe(config), 0
     while True:
         with contextlib.suppress(MoEError):
-            family.spec(Keys(probe, 0))
+            family.spec(Keys(probe))
         still_open = [key for key in dict.fromkeys(probe.asked) if getattr(config, key, None) is None]
         if len(still_open) == filled:
             return probe
