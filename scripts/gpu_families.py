@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("families", nargs="*", default=[family.name for family in registry.registered()])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     transformers.logging.set_verbosity_error()
     found = []
     for family in options.families:

@@ -35,19 +35,14 @@ def tiered(cases, always=()):
 
 
 def build(case, dtype=torch.float32, **changes):
-    """Drawn anew in every run. Buffers are not cast, and neither is what Transformers keeps in float32 at loading."""
+    """Drawn anew in every run."""
     family, own = CASES[case]
     if family not in CONFIGS:
         pytest.skip(f"this Transformers has no {family}")
     for key in {"swiglu_alpha", "swiglu_limit"} & {*own, *changes}:  # once they were numbers in the code
         if not hasattr(CONFIGS[family](), key):
             pytest.skip(f"{family} has no {key} in this Transformers")
-    model = tiny_model(family, seed=int(torch.randint(2**31, ())), **{**own, **changes})
-    kept = [f".{part}." for part in model._keep_in_fp32_modules_strict]
-    for name, parameter in model.named_parameters():
-        if not any(part in f".{name}." for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    return model
+    return tiny_model(family, seed=int(torch.randint(2**31, ())), dtype=dtype, **{**own, **changes})
 
 
 def _configs():

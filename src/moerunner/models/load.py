@@ -218,10 +218,15 @@ def _generation_config(model: Any, path: Path) -> None:
     )
 
 
+def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str]:
+    """Finds the names of the tensors that Transformers keeps in float32 in a model of this dtype."""
+    kept = model._get_dtype_plan(dtype)
+    return re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in kept) or r"(?!)")
+
+
 def _dtypes(naming: Naming, arranged: Arrangement, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What each tensor is held as: as the model is made, except what it wants in float32, and correction biases."""
-    kept = naming.model._get_dtype_plan(dtype)
-    in_float32 = re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in kept) or r"(?!)")
+    in_float32 = kept_in_float32(naming.model, dtype)
     biases = {
         f"{site.name}.{view.path}"
         for site in sites(naming.model)

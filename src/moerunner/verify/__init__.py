@@ -26,6 +26,7 @@ from moerunner import models
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import adapt
 from moerunner.models.checkpoint import read_tokenizer
+from moerunner.models.load import kept_in_float32
 from moerunner.verify.capture import recorded
 from moerunner.verify.layer import Comparison
 from moerunner.verify.loading import compare_loading
@@ -66,7 +67,7 @@ def verify(
         raise SpecError("needs a model or a family, and not both", where="verify")
     name = family or (str(model) if isinstance(model, str | Path) else type(model).__name__)
     if family is not None:
-        net = _cast(tiny_model(family, seed=seed), dtype)
+        net = tiny_model(family, seed=seed, dtype=dtype or torch.float32)
     elif isinstance(model, str | Path):
         net = models.load(model, dtype=dtype, device=device)
         tokenizer = tokenizer or read_tokenizer(model)
@@ -95,9 +96,11 @@ def verify(
 
 
 def _cast(model: Any, dtype: torch.dtype | None) -> Any:
-    """In place, the parameters only: Transformers too keeps correction biases and rotary frequencies in float32."""
-    for parameter in model.parameters() if dtype is not None else ():
-        parameter.data = parameter.data.to(dtype)
+    """In place, as Transformers does when it loads: buffers, and what a family keeps in float32, stay as they are."""
+    kept = None if dtype is None else kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters() if kept is not None else ():
+        if not kept.search(name):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tempfile
 from typing import Any
 
 import torch
@@ -70,11 +71,12 @@ _SIZES: dict[str, Any] = {
 _MOST = 10**8  # parameters
 
 
-def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A float32 model of this `model_type` with about a hundred thousand random weights, in eval mode.
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model of this `model_type` with about a hundred thousand random weights, in eval mode.
 
     Families start their routers at zero, where every expert ties with every other: all weights are drawn anew here, the
-    correction biases too. changes: config values in place of the tiny ones.
+    correction biases too. dtype: as Transformers loads the float32 model in it, whatever it keeps in float32.
+    changes: config values in place of the tiny ones.
     """
     config = tiny_config(family, **changes)
     kind = _model_class(type(config))
@@ -93,9 +95,10 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
             tensor.copy_(torch.randn(tensor.shape, generator=draw) / tensor.shape[-1] ** 0.5)
         elif "bias" in name:
             tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.1)
-        elif not torch.isfinite(tensor).all():
-            tensor.copy_(1 + 0.1 * torch.randn(tensor.shape, generator=draw))
-    return model.eval()
+        else:  # norms and scales, some of which are not filled when they are made
+            start = torch.nan_to_num(tensor, nan=1.0, posinf=1.0, neginf=1.0)
+            tensor.copy_(start + 0.05 * (1 + start.abs()) * torch.randn(tensor.shape, generator=draw))
+    return model.eval() if dtype == torch.float32 else _loaded_as(dtype, model)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -128,6 +131,21 @@ def tiny_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
     takes = inspect.signature(model.forward).parameters
     inputs = {"input_ids": ids}
     return inputs | {"decoder_input_ids": ids} if "decoder_input_ids" in takes else inputs
+
+
+def _loaded_as(dtype: torch.dtype, model: Any) -> Any:
+    """A cast would miss what a model computes in its dtype when it is made, and what Transformers keeps in float32."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return type(model).from_pretrained(folder, dtype=dtype).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _model_class(config: type) -> Any:

@@ -149,7 +149,7 @@ TINY: dict[str, dict[str, Any]] = {
         "zero_expert_num": 4,
         "moe_topk": 3,
     },
-    "minimax": {**_LINEAR, "block_size": 4},
+    "minimax": _LINEAR,
     "minimax_m3_vl_text": {
         "dense_intermediate_size": 96,
         "intermediate_size": 32,
