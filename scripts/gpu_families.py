@@ -9,7 +9,9 @@ A family that it lacks, or that does not run on tokens, is listed with the reaso
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import platform
 import sys
 from pathlib import Path
@@ -25,7 +27,9 @@ from moerunner.verify import verify
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(family: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def check(job: tuple[str, torch.dtype, str]) -> dict[str, Any]:
+    family, dtype, device = job
+    transformers.logging.set_verbosity_error()
     facts: dict[str, Any] = {"family": family, "dtype": str(dtype).removeprefix("torch.")}
     try:
         report = verify(family=family, dtype=dtype, device=device, num_tokens=192, oracle_tokens=6)
@@ -44,15 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("families", nargs="*", default=[family.name for family in registry.registered()])
     options = parser.parse_intermixed_args()
-    transformers.logging.set_verbosity_error()
-    found = []
-    for family in options.families:
-        for dtype in DTYPES:
-            found.append(check(family, dtype, options.device))
-            if not found[-1]["ok"]:
-                print(json.dumps(found[-1]), flush=True)
+    jobs = [(family, dtype, options.device) for family in options.families for dtype in DTYPES]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        found = []
+        for result in pool.map(check, jobs):
+            found.append(result)
+            if not result["ok"]:
+                print(json.dumps(result), flush=True)
     on_gpu = options.device.startswith("cuda")
     environment = {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
