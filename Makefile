@@ -40,7 +40,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all mutants lint format clean
+.PHONY: help demo test test-all mutants upstream lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ test-all: $(VENV)/.stamp-dev ## every test, the long ones too; writes docs/resul
 
 mutants: $(VENV)/.stamp-dev ## break the code on purpose and see the tests notice
 	@$(BIN)/python scripts/mutants.py
+
+upstream: $(VENV)/.stamp-dev ## Transformers' own common model tests on patched models; FAMILIES="mixtral olmoe" for a part
+	@$(BIN)/python scripts/upstream_tests.py $(FAMILIES)
 
 lint: $(VENV)/.stamp-dev ## ruff, pyright and the import floors only
 	@$(BIN)/ruff check $(LINTED)
