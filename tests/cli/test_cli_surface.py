@@ -17,6 +17,7 @@ SURFACE = {
         "--text",
         "--tokens",
         "--oracle-tokens",
+        "--record",
         "--dtype",
         "--device",
         "--seed",

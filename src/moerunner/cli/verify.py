@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,7 @@ def run(
     text: Annotated[str | None, typer.Option(help="What to run on; by default moerunner's own source.")] = None,
     tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="At most so many tokens; 1k works.")] = 128,
     oracle_tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="Of these, so many in float64.")] = 8,
+    record: Annotated[bool, typer.Option(help="First write PATH/SHA256SUMS, which this and later runs compare.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     seed: SeedOption = 0,
@@ -46,10 +48,16 @@ def run(
     """Compare each MoE layer, and the whole model, with Transformers and with a float64 oracle."""
     if (path is None) == (family is None):
         raise typer.BadParameter("give the folder of a model, or --family NAME, and not both")
+    if record and path is None:
+        raise typer.BadParameter("--record needs the folder of a model")
     quiet_transformers()
-    from moerunner.verify import verify
+    from moerunner.models.checkpoint import check_folder
+    from moerunner.verify import digests, verify
 
     screen = Screen(quiet=json)
+    if record and path is not None:
+        check_folder(Path(path))
+        screen.say(f"checksums kept in {digests.record(path)}")
     with screen.progress(f"comparing {path or family}"):
         report = verify(
             path,

@@ -28,6 +28,7 @@ from moerunner.models import adapt
 from moerunner.models.checkpoint import read_tokenizer
 from moerunner.models.load import kept_in_float32
 from moerunner.verify.capture import recorded
+from moerunner.verify.digests import compare_digests
 from moerunner.verify.layer import Comparison
 from moerunner.verify.loading import compare_loading
 from moerunner.verify.report import Difference, LayerCheck, VerifyReport, difference
@@ -35,6 +36,7 @@ from moerunner.verify.tiny import tiny_inputs, tiny_model
 
 __all__ = ["Difference", "LayerCheck", "VerifyReport", "damaged_weights", "difference", "tiny_model", "verify"]
 
+_BEYOND = 1e15  # no weight, and far below what the highest bit of an exponent does
 LOGITS_BOUND = 1e-5  # float32, end to end
 
 
@@ -66,6 +68,8 @@ def verify(
     if (model is None) == (family is None):
         raise SpecError("needs a model or a family, and not both", where="verify")
     name = family or (str(model) if isinstance(model, str | Path) else type(model).__name__)
+    from_folder = isinstance(model, str | Path)
+    changed, unsure = compare_digests(model) if from_folder and Path(model).is_dir() else ([], [])
     if family is not None:
         net = tiny_model(family, seed=seed, dtype=dtype or torch.float32)
     elif isinstance(model, str | Path):
@@ -84,14 +88,15 @@ def verify(
     weight = net.get_input_embeddings().weight
     facts = {"model": name, "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
     facts |= {"sample": sample, "tokens": input_ids.shape[1]}
-    damaged = damaged_weights(net)
+    damaged = changed + damaged_weights(net)
     if damaged:
         return VerifyReport(**facts, damaged=damaged, seconds=time.perf_counter() - start)
-    from_folder = isinstance(model, str | Path)
     loading, notes = compare_loading(net, model, dtype) if from_folder else ([], [])
     with _as_it_was(net), torch.no_grad():
         compared = _compare(net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
     notes += compared.pop("notes")
+    if unsure:
+        notes.append(f"no checksum of {', '.join(unsure)} is known: changed bytes that leave plausible numbers go unseen")
     return VerifyReport(**facts, **compared, loading=loading, notes=notes, seconds=time.perf_counter() - start)
 
 
@@ -105,13 +110,16 @@ def _cast(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def damaged_weights(model: nn.Module) -> list[str]:
-    """The parameters and saved buffers with values that are not finite. The safetensors format has no checksum."""
+    """The parameters and saved buffers with values that no weight has: not finite, or beyond 1e15, as one flipped bit makes."""
     found = []
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            bad = int((~torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float())).sum())
+            values = tensor if tensor.itemsize > 1 else tensor.float()
+            bad = int((~torch.isfinite(values)).sum())
             if bad:
                 found.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
+            elif values.numel() and float(values.abs().max()) > _BEYOND:
+                found.append(f"{name}: a value of {float(values.abs().max()):.0e}")
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import UnsupportedError
+from moerunner.models import reference, registry
 from moerunner.models.families.tiny import TINY
 
 # Set wherever a family's config has the key. All head sizes are equal, so that they fit each other in every family.
@@ -106,12 +107,14 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
     Raises `UnsupportedError` for a model_type that Transformers does not have.
     """
+    import transformers
     from transformers import CONFIG_MAPPING
 
     if family not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"Transformers has no model_type {family!r}", next_step="Name one, such as mixtral or deepseek_v3"
-        )
+        known = registry.of_model_type(family)
+        seen = reference.releases(known.name) if known is not None else []
+        next_step = f"{seen[0]} to {seen[-1]} have it" if seen else "Name one, such as mixtral or deepseek_v3"
+        raise UnsupportedError(f"Transformers {transformers.__version__} has no model_type {family!r}", next_step=next_step)
     kind: Any = CONFIG_MAPPING[family]
     try:
         text = kind().get_text_config()
