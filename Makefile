@@ -40,7 +40,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all mutants upstream lint format clean
+.PHONY: help demo test test-all mutants accuracy upstream lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ mutants: $(VENV)/.stamp-dev ## break the code on purpose and see the tests notic
 
 upstream: $(VENV)/.stamp-dev ## Transformers' own common model tests on patched models; FAMILIES="mixtral olmoe" for a part
 	@$(BIN)/python scripts/upstream_tests.py $(FAMILIES)
+
+accuracy: $(VENV)/.stamp-demo ## 17 families against Transformers, on a GPU if there is one; writes docs/accuracy.md
+	@$(BIN)/python scripts/accuracy.py
 
 lint: $(VENV)/.stamp-dev ## ruff, pyright and the import floors only
 	@$(BIN)/ruff check $(LINTED)
