@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ONE_PER_FAMILY, build, prompt, relative
 
-from moerunner import CheckpointError, Layout, SpecError, UnsupportedError
+from moerunner import CheckpointError, SpecError, UnsupportedError
 from moerunner.models import load, load_weights, names, unpatch
 from moerunner.models.load import load_weights as the_same
 
@@ -578,11 +578,6 @@ def test_a_dtype_that_holds_no_weights(saved, dtype):
 def test_a_device_that_is_not_there(saved, device):
     with pytest.raises(UnsupportedError, match="device"):
         load(saved[1], device=device)
-
-
-def test_several_ranks_are_refused(saved):
-    with pytest.raises(UnsupportedError, match="one rank only"):
-        load(saved[1], layout=Layout(ep=2))
 
 
 # How it is loaded

@@ -254,10 +254,10 @@ def test_a_backend_that_does_not_exist_is_refused(mixtral):
     assert not runners(mixtral)
 
 
-def test_several_ranks_are_refused(mixtral):
-    with pytest.raises(UnsupportedError, match="one rank only"):
-        patch(mixtral, layout=Layout(tp=2))
-    patch(mixtral, layout=Layout())
+def test_a_layout_of_one_rank_is_none(mixtral):
+    report = patch(mixtral, layout=Layout(tokens="sharded"))
+    assert report.layout is None
+    assert not any(runner.plan.collectives for runner in runners(mixtral).values())
 
 
 def test_report_as_text_and_as_data(deepseek):
@@ -280,6 +280,8 @@ def test_report_as_text_and_as_data(deepseek):
             }
         ],
         "notes": [],
+        "layout": None,
+        "rank": 0,
     }
     heads = [line.split("  ")[0] for line in str(report).splitlines()]
     assert heads == ["replaced", "model.layers.1.mlp", "", "left as it is", "model.layers.2.mlp"]

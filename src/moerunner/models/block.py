@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
 from moerunner.models.entry import Change, Family, Joined
+from moerunner.models.places import Cut
 from moerunner.ops.precision import wide
 from moerunner.ops.route import gate_logits
+from moerunner.parallel.layout import BoundLayout
 from moerunner.plan import Options
 from moerunner.runner import MoERunner
 from moerunner.spec import MoESpec
-from moerunner.values import ExpertWeights, LayerWeights, TopK
+from moerunner.values import EXPERT_NAMES, ExpertWeights, GateUp, LayerWeights, TopK
 
 _RECORDERS = "transformers.utils.output_capturing"  # its hooks read and never change what they see
-_EXPERT_NAMES = ("w13", "w2", "b13", "b2", "row_norm")
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -35,7 +36,8 @@ class Changed(Exception):
 class Held:
     """A tensor of a module: its canonical name, its attribute, how it is stored otherwise than in `shape`.
 
-    index: its place among the tensors that `entry.Joined` puts together.
+    index: its place among the tensors that `entry.Joined` puts together. cut: the part that this rank keeps of the stored
+    tensor, where it does not keep all; `shape` is that of the part.
     """
 
     name: str
@@ -43,6 +45,13 @@ class Held:
     change: Change
     shape: tuple[int, ...]
     index: int = 0
+    cut: Cut | None = None
+
+    def planned(self, module: nn.Module) -> Tensor:
+        """The tensor, without data, as it will be once it is cut."""
+        tensor = getattr(module, self.attribute)
+        shape = tensor.shape if self.cut is None else self.cut.local
+        return self.see(torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
     def read(self, module: nn.Module) -> Tensor:
         """The tensor as it is now, in the spec's shape. Raises `Changed` if it is no plain tensor any more."""
@@ -97,6 +106,8 @@ class Source:
     ) -> None:
         self._block = weakref.ref(block)
         self.parts, self.built, self.family, self.spec = parts, built, family, spec
+        self.gate_up: GateUp = family.gate_up if spec.experts.gated else "none"
+        self.is_cut = any(held.cut is not None for part in parts for held in part.held)
 
     @property
     def block(self) -> nn.Module:
@@ -107,11 +118,18 @@ class Source:
 
     def __call__(self) -> LayerWeights:
         """Raises `Changed` where a tensor or a module is not what it was."""
+        return self._layer(Held.read)
+
+    def planned(self) -> LayerWeights:
+        """The same without data, as it will be once this rank's part is cut."""
+        return self._layer(Held.planned)
+
+    def _layer(self, read: Callable[[Held, nn.Module], Tensor]) -> LayerWeights:
         found: dict[str, Tensor | None] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         for part, module in self.modules():
             for held in part.held:
-                tensor = held.read(module)
+                tensor = read(held, module)
                 if isinstance(self.family.weights[held.name], Joined):
                     parts.setdefault(held.name, {})[held.index] = tensor
                 else:
@@ -120,12 +138,11 @@ class Source:
             joined = self.family.weights[name]
             assert isinstance(joined, Joined)
             found[name] = joined.join([tensor for _, tensor in sorted(by_index.items())])
-        gate_up = self.family.gate_up if self.spec.experts.gated else "none"
         many = self.spec.routing.modalities > 1
         sets = []
         for index in range(self.spec.routing.modalities):
             suffix = f".{index}" if many else ""
-            sets.append(ExpertWeights.of({n: found.pop(n + suffix, None) for n in _EXPERT_NAMES}, gate_up))
+            sets.append(ExpertWeights.of({n: found.pop(n + suffix, None) for n in EXPERT_NAMES}, self.gate_up))
         return LayerWeights(tuple(sets), {name: tensor for name, tensor in found.items() if tensor is not None})
 
     def modules(self) -> Iterator[tuple[Part, nn.Module]]:
@@ -192,16 +209,17 @@ class PatchedForward:
     """Callable in place of one block's `forward`, with its arguments and its result.
 
     A copy of the block, by `copy.deepcopy` or pickle, gets one of its own that reads the copy's tensors.
+    layout: of several ranks, of which this is one; None: one rank.
     """
 
-    def __init__(self, source: Source, options: Options) -> None:
-        self.source, self.options = source, options
+    def __init__(self, source: Source, options: Options, layout: BoundLayout | None = None) -> None:
+        self.source, self.options, self.layout = source, options, layout
         self._told = False
 
     @cached_property
     def runner(self) -> MoERunner:
         """Made on first use: while a block is copied or unpickled, its tensors are not there yet."""
-        return MoERunner(self.source.spec, self.source, options=self.options)
+        return MoERunner(self.source.spec, self.source, self.layout, self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block, family = self.source.block, self.source.family
@@ -211,6 +229,9 @@ class PatchedForward:
             x, answer, chosen = self.inputs(*args, **kwargs)
             hidden = self.runner(x, **chosen)
         except Changed as change:
+            if self.source.is_cut:
+                what = f"{change}; its own forward cannot run, as this rank holds a part of its experts"
+                raise UnsupportedError(what, where=type(block).__name__) from change
             self._tell(change)
             return type(block).forward(block, *args, **kwargs)
         if family.returns == ("hidden",):
@@ -306,9 +327,11 @@ class PatchedForward:
             warnings.warn(f"a patched {name} runs its own forward: {change}", stacklevel=3)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedForward:
-        return PatchedForward(self.source.of(copy.deepcopy(self.source.block, memo)), self.options)
+        return PatchedForward(self.source.of(copy.deepcopy(self.source.block, memo)), self.options, self.layout)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.layout is not None:
+            raise UnsupportedError("a model that is one rank's part cannot be pickled", where=type(self.source.block).__name__)
         return type(self), (self.source, self.options)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moerunner.errors import CheckpointError, UnsupportedError
 from moerunner.models.fill import Filling, check, check_kind
 from moerunner.models.names import Arrangement
-from moerunner.models.places import whole
+from moerunner.models.places import Part, whole
 
 _WHERE = "the weights that came"
 _AGAIN = "The model now has some weights old and some new: load all of them again"
@@ -56,7 +56,7 @@ def take(filling: Filling, live: Live, source: Iterable[tuple[str, Tensor]]) -> 
 
     Others, which belong to a conversion, are copied and kept until all have come.
     """
-    naming = filling.naming
+    naming, came = filling.naming, Counter[str]()
     shapes = {name: shape for name, shape in naming.expected.items() if naming.find(name)[0] in naming.wanted}
     places = naming.arrange(shapes, all_there=False).parts
     wrong, later, seen = Arrangement(), {}, set()
@@ -79,28 +79,31 @@ def take(filling: Filling, live: Live, source: Iterable[tuple[str, Tensor]]) -> 
             wrong.misshapen[name] = f"is {list(tensor.shape)}, the model has {list(shapes[name])}"
             continue
         check_kind(name, tensor.dtype, live.dtypes[places[name][0][0]], _WHERE)
-        filling.write(places[name], _box(tensor), tensor)
-    _take_together(filling, live, later, wrong)
-    written, sizes = filling.written, {name: tensor.numel() for name, tensor in naming.wanted.items()}
-    wrong.doubled += [name for name, size in sizes.items() if written[name] > size]
-    lost = naming.without([name for name, size in sizes.items() if written[name] >= size])
+        _write(filling, came, places[name], tensor)
+    _take_together(filling, live, came, later, wrong)
+    sizes = {name: tensor.numel() for name, tensor in naming.wanted.items()}
+    wrong.doubled += [name for name, size in sizes.items() if came[name] > size]
+    lost = naming.without([name for name, size in sizes.items() if came[name] >= size])
     wrong.missing += [name for name in naming.stored_names(lost) if name not in seen]
     check(wrong, _WHERE, _AGAIN)
-    filling.finish([name for name in sizes if written[name]], _WHERE)
+    filling.finish([name for name in sizes if came[name]], _WHERE)
 
 
-def _take_together(filling: Filling, live: Live, later: dict[str, Tensor], wrong: Arrangement) -> None:
+def _write(filling: Filling, came: Counter[str], parts: list[tuple[str, Part]], tensor: Tensor) -> None:
+    """came: how many numbers of each of the model's whole tensors have come, those too of which this rank keeps nothing."""
+    for name, part in parts:
+        came[name] += part.numel
+    filling.write(filling.kept(parts), tuple(slice(0, size) for size in tensor.shape), tensor)
+
+
+def _take_together(filling: Filling, live: Live, came: Counter[str], later: dict[str, Tensor], wrong: Arrangement) -> None:
     arranged = filling.naming.arrange({name: tuple(tensor.shape) for name, tensor in later.items()}, all_there=False)
     for name, parts in arranged.parts.items():
         check_kind(name, later[name].dtype, live.dtypes[parts[0][0]], _WHERE)
-        filling.write(parts, _box(later[name]), later[name])
+        _write(filling, came, parts, later[name])
     for group in arranged.whole:
-        filling.write_group(group, partial(dict.__getitem__, later))
+        came.update({name: filling.naming.wanted[name].numel() for name in filling.write_group(group, later.__getitem__)})
     wrong.missing += arranged.missing
     wrong.extra += arranged.extra
     wrong.doubled += arranged.doubled
     wrong.misshapen |= arranged.misshapen
-
-
-def _box(tensor: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in tensor.shape)

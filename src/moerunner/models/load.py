@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moerunner.errors import CheckpointError, UnsupportedError
+from moerunner.errors import CheckpointError, PlanError, UnsupportedError, WeightsError
+from moerunner.models.block import Changed, PatchedForward
 from moerunner.models.checkpoint import CONFIG, GENERATION, Recipe, guarded, read_json, read_recipe, read_tensors, some
 from moerunner.models.entry import pieces
-from moerunner.models.fill import Filling, check, check_kind, progress, stream
+from moerunner.models.fill import Filling, check, check_kind, stream
 from moerunner.models.live import Live, take
 from moerunner.models.names import Arrangement, Naming
-from moerunner.models.prepare import sites, spec_of
+from moerunner.models.prepare import prepare, sites, spec_of
+from moerunner.models.shards import bound_to, cuts_of
 from moerunner.models.tensorfile import Stored
-from moerunner.parallel.layout import Layout
+from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.plan import Options
 
 _SELECTION_BIAS = re.compile(r"(^|\.)(e_score_correction_bias|correction_bias|expert_bias|router_bias)$")
 _HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,44 +40,58 @@ def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
 ) -> Any:
     """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
 
     A block of a family that moerunner does not know runs as Transformers has it, and the report says so.
 
+    On several ranks each reads and holds its part of the experts only, and all else whole; what `patch` says of such a model
+    holds. Every rank calls it with the same folder.
+
     Args:
         path: a folder in the format of `save_pretrained`. Nothing is downloaded, no code and no pickle from it is run.
         dtype: of the weights; None keeps the checkpoint's. A router's correction bias is never rounded below float32.
-        device: where the weights go; None: host memory. layout: one rank, or None.
+        device: where the weights go; None: host memory. layout: as for `patch`.
 
     Raises:
         CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
-        UnsupportedError: the model, or the format of its weights, is not known.
+        UnsupportedError: the model, or the format of its weights, is not known; the layout shards tokens.
+        DistributedError: there are no processes for the layout.
         SpecError: a config key may change a layer and the family's entry does not know it.
     """
-    from moerunner.models.adapt import patch
+    from moerunner.models.adapt import install
 
-    if layout is not None and layout.world > 1:
-        raise UnsupportedError(f"a model is loaded for one rank only, not for {layout.world}", where="layout")
-    path, device = Path(path), _device(device)
+    path, device, bound = Path(path), _device(device), bound_to(layout)
     plan = blueprint(path, dtype)
-    model, naming, arranged, stored = plan.model, plan.naming, plan.arranged, plan.stored
+    model, naming, arranged, stored = plan.model.eval(), plan.naming, plan.arranged, plan.stored
     _generation_config(model, path)
+    ready = _on_ranks(model, bound, device)
+    cuts = cuts_of(model, [forward.source for forward in ready.values()])
 
     def place(name: str) -> Tensor:
-        tensor = torch.empty(naming.wanted[name].shape, dtype=plan.held_as[name], device=device)
+        shape = cuts[name].local if name in cuts else naming.wanted[name].shape
+        tensor = torch.empty(shape, dtype=plan.held_as[name], device=device)
         _set(model, name, tensor)
         return tensor
 
-    filling = Filling(naming, place)
+    filling = Filling(naming, place, cuts)
     _stream(filling, arranged, stored, device, path)
     guarded(lambda: _compute_the_rest(model, arranged, device), path / CONFIG)
     _refuse_unset(model, path / CONFIG)
     model._weight_conversions = [rule for rule in naming.rules if rule.was_used()]  # saving goes back the same way
     model.name_or_path = str(path)
-    model.moerunner_report = patch(model.eval(), layout)
+    model.moerunner_report = install(model, Options(), bound, ready)
     return model
+
+
+def _on_ranks(model: nn.Module, layout: BoundLayout | None, device: torch.device) -> dict[nn.Module, PatchedForward]:
+    """What will stand in for the forward of each block that can be split over ranks; the model has no data yet."""
+    ready = {}
+    for site in sites(model) if layout is not None else ():
+        with contextlib.suppress(UnsupportedError, PlanError, WeightsError, Changed):  # such a block stays whole
+            ready[site.block] = prepare(site, Options(), layout, device=device)
+    return ready
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,8 @@ def blueprint(path: Path, dtype: torch.dtype | None = None, *, config_only: bool
 def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tensor]]) -> None:
     """Other weights for a model that is there, patched or not: the result is that of loading them afresh.
 
-    They are written into the model's own tensors, in their dtypes and on their devices. Every weight must come, once.
+    They are written into the model's own tensors, in their dtypes and on their devices. Every weight must come, once. A model
+    that is one rank's part is given the whole weights, on every rank, and takes its part of them.
 
     Args:
         model: a Transformers model.
@@ -131,8 +149,9 @@ def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tens
         UnsupportedError: a tensor of the model is not a plain one (sharded, quantised, without data).
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    naming, live = Naming(model), Live(model)
-    filling = Filling(naming, live.place)
+    cuts = cuts_of(model)
+    naming, live = Naming(model, {name: cut.shape for name, cut in cuts.items()}), Live(model)
+    filling = Filling(naming, live.place, cuts)
     if isinstance(source, str | Path):
         path = Path(source)
         stored = read_tensors(path)
@@ -146,12 +165,7 @@ def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tens
 
 
 def _stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored], device: torch.device, path: Path) -> None:
-    total = sum(tensor.nbytes for tensor in stored.values()) - sum(stored[name].nbytes for name in arranged.ignored)
-    for name in arranged.led_by:
-        if not filling.naming.wanted[name].numel():
-            filling.tensor(name)  # nothing will be written to it
-    with progress("Loading weights", total) as step:
-        stream(filling, arranged, stored, device=device, step=step)
+    stream(filling, arranged, stored, device)
     filling.finish(arranged.led_by, str(path))
 
 

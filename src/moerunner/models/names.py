@@ -76,14 +76,17 @@ class Naming:
     """The names and shapes of one model's tensors, and what they are called in files.
 
     model: a Transformers model, or a module that names its tensors as files do; with or without data. It is not changed.
+    shapes: of the whole tensors of which the model holds a part.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shapes: Mapping[str, Shape] | None = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.model = model
         self.wanted: dict[str, Any] = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+        for name, shape in (shapes or {}).items():
+            self.wanted[name] = torch.empty(shape, dtype=self.wanted[name].dtype, device="meta")
         self.rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
         self._conversions = [rule for rule in self.rules if isinstance(rule, WeightConverter)]

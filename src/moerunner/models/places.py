@@ -7,12 +7,19 @@ apart and leaves no gap, a tensor whose shape comes out right has each of its nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from moerunner.values import Run, Runs, joined, length, take
+
 Shape = tuple[int, ...]
+Box = tuple[slice, ...]
 
 
 class Unfit(Exception):
@@ -47,13 +54,28 @@ class Part:
     source: str
     axes: tuple[Axis, ...]
 
-    def box(self, source: Shape) -> tuple[int | slice, ...] | None:
-        """The box in the target, if the whole source lies in it as it is: not turned, not cut, not spread."""
+    @property
+    def numel(self) -> int:
+        return math.prod(axis.size for axis in self.axes)
+
+    def reads(self) -> list[range]:
+        """The places of the source's dimensions that it takes."""
+        taken = {a.dim: range(a.first, a.first + (a.size - 1) * a.step + 1, a.step) for a in self.axes if a.dim is not None}
+        return [taken[dim] for dim in range(len(taken))]
+
+    def box(self, within: Box) -> tuple[int | slice, ...] | None:
+        """Where a box of the source lies in the target, if it lies there as it is: not turned, not cut, not spread."""
+        found: list[int | slice] = []
         dims = [axis.dim for axis in self.axes if axis.dim is not None]
-        kept = all(axis.dim is None or (axis.size == source[axis.dim] and axis.step == 1) for axis in self.axes)
-        if dims != list(range(len(source))) or not kept:
-            return None
-        return tuple(axis.at if axis.dim is None else slice(axis.at, axis.at + axis.size) for axis in self.axes)
+        for axis in self.axes:
+            if axis.dim is None:
+                found.append(axis.at)
+                continue
+            at, size = within[axis.dim].start - axis.first, within[axis.dim].stop - within[axis.dim].start
+            if axis.step != 1 or at < 0 or at + size > axis.size:
+                return None
+            found.append(slice(axis.at + at, axis.at + at + size))
+        return tuple(found) if dims == list(range(len(within))) else None
 
     def write(self, target: Tensor, box: Sequence[slice], values: Tensor) -> int:
         """Copies those values that lie in this part: `values` are a box of the source. Gives back how many they are."""
@@ -84,6 +106,107 @@ class Laid:
 
     shape: Shape
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The numbers of one tensor that are kept. shape: of the whole tensor. runs: what is kept along each dimension."""
+
+    shape: Shape
+    runs: tuple[Runs, ...]
+
+    @classmethod
+    def of(cls, shape: Shape, kept: dict[int, Runs]) -> Cut:
+        """kept: along the dimensions that are cut; the others are whole."""
+        return cls(shape, tuple(kept.get(dim, (Run(0, size),) if size else ()) for dim, size in enumerate(shape)))
+
+    @property
+    def local(self) -> Shape:
+        """The shape of what is kept."""
+        return tuple(length(runs) for runs in self.runs)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers of the whole are written; beside them there are zeros."""
+        return math.prod(sum(run.size for run in runs if run.start is not None) for runs in self.runs)
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.numel < math.prod(self.local)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor, in memory of its own."""
+        for dim, runs in enumerate(self.runs):
+            tensor = take(tensor, dim, runs)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    def transposed(self) -> Cut:
+        """The same of a tensor whose last two dimensions are swapped."""
+        return Cut(_swapped(self.shape), _swapped(self.runs))
+
+    def merged(self) -> Cut:
+        """The same of a tensor whose first two dimensions are one."""
+        outer, inner = self.runs[:2]
+        size = self.shape[1]
+        places = (run.start if run.start is None else run.start + i for run in outer for i in range(run.size))
+        runs = (
+            Run(None if place is None or run.start is None else place * size + run.start, run.size)
+            for place in places
+            for run in inner
+        )
+        return Cut((self.shape[0] * size, *self.shape[2:]), (joined(runs), *self.runs[2:]))
+
+    def parts(self, part: Part) -> Iterator[Part]:
+        """What is left of a part of the whole tensor."""
+        for axes in itertools.product(*(_left(axis, runs) for axis, runs in zip(part.axes, self.runs, strict=True))):
+            yield Part(part.source, axes)
+
+
+def _left(axis: Axis, runs: Runs) -> list[Axis]:
+    found, at = [], 0
+    for run in runs:
+        left = axis.cut(run.start, run.start + run.size) if run.start is not None else None
+        if left is not None:
+            found.append(replace(left, at=left.at + at))
+        at += run.size
+    return found
+
+
+def _swapped(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *values[:-2], values[-1], values[-2]
+
+
+def regions(parts: Sequence[tuple[str, Part]], shape: Shape, least: int) -> list[tuple[Box, list[tuple[str, Part]]]]:
+    """Boxes of a source, apart from each other and each contiguous in its file, and the parts that take numbers of each.
+
+    parts: with the names of their targets. least: how many numbers in a row are read by themselves; fewer are read together
+    with what lies between them.
+    """
+    reads = [part.reads() for _, part in parts]
+    depth = 0
+    for dim in range(1, len(shape)):
+        inner = math.prod(shape[dim + 1 :])
+        cut = any(len(each[dim]) * each[dim].step < shape[dim] for each in reads)
+        if cut and all((each[dim].stop - each[dim].start) * inner >= least for each in reads):
+            depth = dim
+    if not shape or not math.prod(shape):
+        return [(tuple(slice(0, size) for size in shape), list(parts))] if parts else []
+    found: dict[tuple[int, ...], list[tuple[int, int, list[tuple[str, Part]]]]] = {}
+    for each, part in sorted(zip(reads, parts, strict=True), key=lambda one: one[0][depth].start):
+        low, high = each[depth].start, each[depth].stop
+        for outer in itertools.product(*each[:depth]):
+            spans = found.setdefault(outer, [])
+            if spans and low < spans[-1][1]:
+                start, stop, mine = spans.pop()
+                spans.append((start, max(stop, high), [*mine, part]))
+            else:
+                spans.append((low, high, [part]))
+    rest = tuple(slice(0, size) for size in shape[depth + 1 :])
+    return [
+        ((*(slice(place, place + 1) for place in outer), slice(low, high), *rest), mine)
+        for outer, spans in sorted(found.items())
+        for low, high, mine in spans
+    ]
 
 
 def whole(source: str, shape: Shape) -> Laid:

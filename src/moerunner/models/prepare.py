@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
@@ -15,7 +16,9 @@ from moerunner.models import reference, registry
 from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, refuse_training, slot_of
 from moerunner.models.entry import Family, Keys, MissingKey, View, pieces
 from moerunner.models.experts_function import as_family, is_experts_module
-from moerunner.plan import Options
+from moerunner.models.shards import part_of
+from moerunner.parallel.layout import BoundLayout
+from moerunner.plan import Options, resolve
 from moerunner.spec import MoESpec
 from moerunner.values import LayerWeights
 
@@ -69,18 +72,28 @@ def _looks_like_moe(module: nn.Module) -> bool:
     return isinstance(getattr(module, "experts", None), nn.Module) or bool(named)
 
 
-def prepare(site: Site, options: Options) -> PatchedForward:
+def prepare(
+    site: Site, options: Options, layout: BoundLayout | None = None, *, device: torch.device | None = None
+) -> PatchedForward:
     """What can take the place of the block's forward. Everything that can be wrong is found here.
+
+    layout: of several ranks; the block's tensors are whole, and are to be cut before the first call. device: where tensors
+    will be that have no data yet.
 
     Raises:
         UnsupportedError: the block has to stay as it is; the reason is given.
         SpecError: its config has keys that the family's entry does not know.
     """
     source = source_of(site)
-    without_data = [name for name, tensor in _tensors(source()).items() if tensor.is_meta]
+    tensors = _tensors(source())
+    without_data = [name for name, tensor in tensors.items() if tensor.is_meta and device is None]
     if without_data:
         raise UnsupportedError(f"{', '.join(without_data)} have no data: they are on the meta device")
-    return PatchedForward(source, options)
+    if layout is not None:
+        source = part_of(source, layout)
+        kind = (device or next(iter(tensors.values())).device).type
+        resolve(source.spec, layout.layout, source.planned().meta(), kind, options)
+    return PatchedForward(source, options, layout)
 
 
 def source_of(site: Site) -> Source:

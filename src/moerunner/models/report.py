@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from moerunner.parallel.layout import Layout
+
 _ROOT = "(the model)"
 
 
@@ -33,12 +35,14 @@ class Skipped:
 class Report:
     """Every MoE block of a model: those that were replaced, and the others with the reason. `str` gives a table.
 
-    notes: what is no failure and should be known.
+    notes: what is no failure and should be known. layout: of the model over several ranks, of which `rank` is this one.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layout: Layout | None = None
+    rank: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -59,6 +63,10 @@ class Report:
             lines += [""] * bool(lines) + _table(
                 ("left as it is", "because"), [(s.name or _ROOT, s.reason) for s in self.skipped]
             )
+        if self.layout is not None:
+            here = self.layout.coordinates(self.rank)
+            places = ", ".join(f"{axis} {at} of {getattr(self.layout, axis)}" for axis, at in here.items())
+            lines += ["", f"rank {self.rank} of {self.layout.world}: {places}"]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 

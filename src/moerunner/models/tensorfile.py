@@ -65,6 +65,13 @@ class Stored:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def position(self, box: tuple[slice, ...]) -> int:
+        """Where the first number of a box lies in the file."""
+        number = 0
+        for size, side in zip(self.shape, box, strict=True):
+            number = number * size + side.start
+        return self.start + number * self.dtype.itemsize
+
 
 def read_header(file: Path) -> list[Stored]:
     """The tensors of a file, in the order of their bytes.
@@ -115,16 +122,17 @@ class Reader:
         self._file: FileIO | None = None
         self._path: Path | None = None
 
-    def pieces(self, tensor: Stored) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """The tensor in boxes that are contiguous in the file: where in the tensor, and the values, valid until the next."""
+    def pieces(self, tensor: Stored, within: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """A box that is contiguous in the file in smaller ones: where in the tensor, and the values, valid until the next."""
         if tensor.nbytes == 0:
             return
-        position = tensor.start
-        for box in boxes(tensor.shape, PIECE // tensor.dtype.itemsize):
-            shape = [piece.stop - piece.start for piece in box]
+        position = tensor.position(within)
+        for inner in boxes(tuple(side.stop - side.start for side in within), PIECE // tensor.dtype.itemsize):
+            shape = [side.stop - side.start for side in inner]
             values = self._piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
             self.read(tensor, position, values)
-            yield box, values
+            pairs = zip(within, inner, strict=True)
+            yield tuple(slice(outer.start + side.start, outer.start + side.stop) for outer, side in pairs), values
             position += values.nbytes
 
     def all(self, tensor: Stored) -> Tensor:

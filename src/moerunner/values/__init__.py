@@ -7,11 +7,22 @@ from typing import Literal
 
 from torch import Tensor
 
+from moerunner.values.runs import Run, Runs, joined, length, take, width_runs
 from moerunner.values.state import AXES, Partial, Placement, Replicate, Shard, ValueState
-from moerunner.values.weights import ExpertTensor, ExpertWeights, GateUp, LayerWeights, TensorMeta, cut_width
+from moerunner.values.weights import (
+    EXPERT_NAMES,
+    ExpertTensor,
+    ExpertWeights,
+    GateUp,
+    LayerWeights,
+    TensorMeta,
+    cut_width,
+    kept_runs,
+)
 
 __all__ = [
     "AXES",
+    "EXPERT_NAMES",
     "ExpertTensor",
     "ExpertWeights",
     "GateUp",
@@ -19,11 +30,18 @@ __all__ = [
     "Partial",
     "Placement",
     "Replicate",
+    "Run",
+    "Runs",
     "Shard",
     "TensorMeta",
     "TopK",
     "ValueState",
     "cut_width",
+    "joined",
+    "kept_runs",
+    "length",
+    "take",
+    "width_runs",
 ]
 
 

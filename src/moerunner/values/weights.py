@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moerunner.errors import WeightsError
 from moerunner.spec import MoESpec
+from moerunner.values.runs import Runs, slot_runs, take, width_runs
 
 GateUp = Literal["concat", "interleaved", "none"]
 
@@ -40,6 +41,7 @@ _EXPERT_LAYOUT: dict[str, tuple[int | None, int | None, Any]] = {
     "b2": (0, None, "once"),
     "row_norm": (None, None, "whole"),
 }
+EXPERT_NAMES = tuple(_EXPERT_LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -97,27 +99,33 @@ class ExpertWeights:
                     shape = [-1 if d == entry.expert_dim else 1 for d in range(tensor.ndim)]
                     tensor = torch.where((index < 0).view(shape), torch.zeros((), dtype=tensor.dtype), tensor)
             if tp_size > 1 and entry.tp_dim is not None:
-                parts = 2 if entry.role == "gate_up" and self.gate_up == "concat" else 1
-                pair = 2 if entry.role == "gate_up" and self.gate_up == "interleaved" else 1
-                tensor = cut_width(tensor, entry.tp_dim, tp_rank, tp_size, parts=parts, unit=pair)
+                tensor = cut_width(tensor, entry.tp_dim, tp_rank, tp_size, **_blocks(entry.role, self.gate_up))
             cut[name] = dataclasses.replace(entry, tensor=tensor)
         return dataclasses.replace(self, tensors=cut)
 
 
+def kept_runs(
+    name: str, shape: tuple[int, ...], gate_up: GateUp, experts: list[int] | None, tp_rank: int, tp_size: int
+) -> dict[int, Runs]:
+    """What `ExpertWeights.shard` keeps of the tensor of this name and shape, along each dimension that it cuts."""
+    expert_dim, tp_dim, role = _EXPERT_LAYOUT[name]
+    found = {}
+    if experts is not None and expert_dim is not None:
+        found[expert_dim] = slot_runs(experts)
+    if tp_size > 1 and tp_dim is not None:
+        found[tp_dim] = width_runs(shape[tp_dim], tp_rank, tp_size, **_blocks(role, gate_up))
+    return found
+
+
+def _blocks(role: str, gate_up: GateUp) -> dict[str, int]:
+    """How rows of gate and up bear on a cut: two blocks, or pairs that stay together."""
+    pair = 2 if role == "gate_up" and gate_up == "interleaved" else 1
+    return {"parts": 2 if role == "gate_up" and gate_up == "concat" else 1, "unit": pair}
+
+
 def cut_width(tensor: Tensor, dim: int, rank: int, size: int, *, parts: int = 1, unit: int = 1) -> Tensor:
     """Slice `rank` of `size` along `dim`, in each of `parts` equal blocks, in whole `unit`s, padded with zeros."""
-    blocks = []
-    for block in tensor.chunk(parts, dim):
-        width = block.shape[dim]
-        step = -(-(width // unit) // size) * unit
-        start, stop = min(rank * step, width), min((rank + 1) * step, width)
-        piece = block.narrow(dim, start, stop - start)
-        if stop - start < step:
-            shape = list(piece.shape)
-            shape[dim] = step - (stop - start)
-            piece = torch.cat([piece, piece.new_zeros(shape)], dim)
-        blocks.append(piece)
-    return torch.cat(blocks, dim) if parts > 1 else blocks[0]
+    return take(tensor, dim, width_runs(tensor.shape[dim], rank, size, parts=parts, unit=unit))
 
 
 @dataclass(frozen=True)

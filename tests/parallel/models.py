@@ -1,0 +1,162 @@
+"""What each rank does with a model, and what it tells; in a module of its own, so that the processes can import it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import moerunner
+from moerunner import Layout
+from moerunner.models import runners, tensorfile
+from moerunner.verify.tiny import tiny_inputs, tiny_model
+
+LENGTH, NEW = 12, 8
+
+
+def prompt(model: Any, which: int = 0) -> torch.Tensor:
+    vocab = model.config.get_text_config().vocab_size
+    return torch.randint(3, vocab, (1, LENGTH), generator=torch.Generator().manual_seed(5 + which))
+
+
+@torch.no_grad()
+def answer(model: Any, which: int = 0, *, generates: bool = True) -> tuple[Any, Any]:
+    """The logits (or the last hidden states) of a prompt, and what the model says next."""
+    ids = prompt(model, which)
+    out = model(**tiny_inputs(model, ids))
+    said = None
+    if generates:
+        said = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[0, LENGTH:].tolist()
+    return out[0].double().numpy(), said
+
+
+def collectives(model: Any) -> dict[str, Any]:
+    """Which collectives each block issues in one forward of the model, and which its plan has."""
+    made = runners(model)
+    comm = next(iter(made.values()))._comm
+    issued: dict[str, list[Any]] = {}
+    hooks = []
+    for name, block in model.named_modules():
+        if name in made:
+            hooks.append(block.register_forward_pre_hook(lambda *_: comm.log.clear()))
+            hooks.append(block.register_forward_hook(lambda *_, name=name: issued.__setitem__(name, list(comm.log))))
+    with torch.no_grad():
+        model(**tiny_inputs(model, prompt(model)))
+    for hook in hooks:
+        hook.remove()
+    assert issued.keys() == made.keys()
+    assert all(issued[name] == list(runner.plan.collectives) for name, runner in made.items())
+    return issued
+
+
+def facts(model: Any, layout: Layout, *, generates: bool = True) -> dict[str, Any]:
+    """What a test looks at, of one rank."""
+    comm = next(iter(runners(model).values()))._comm
+    logits, said = answer(model, comm.coordinates["dp"], generates=generates)
+    return {
+        "logits": logits,
+        "said": said,
+        "collectives": collectives(model),
+        "shapes": {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        "report": str(model.moerunner_report),
+    }
+
+
+def load_and_run(folder: Path, layout: Layout, again: Path | None = None, *, generates: bool = True) -> dict[str, Any]:
+    """Loads for this rank and counts what is read of each file; `again`: other weights that are put into the model then."""
+    read: Counter[str] = Counter()
+    own = tensorfile.Reader.read
+
+    def count(self: Any, tensor: Any, position: int, into: torch.Tensor) -> None:
+        read[tensor.name] += into.nbytes
+        own(self, tensor, position, into)
+
+    tensorfile.Reader.read = count
+    try:
+        model = moerunner.load(folder, layout=layout)
+    finally:
+        tensorfile.Reader.read = own
+    found = facts(model, layout, generates=generates)
+    return {**found, "read": dict(read), "kept": sum(t.nbytes for t in model.state_dict().values())}
+
+
+def patch_and_run(family: str, changes: dict[str, Any], layout: Layout, *, generates: bool = True) -> dict[str, Any]:
+    model = tiny_model(family, **changes)
+    model.moerunner_report = moerunner.patch(model, layout)
+    return facts(model, layout, generates=generates)
+
+
+def same(model: Any, fresh: Any) -> list[str]:
+    """The names of tensors that differ."""
+    other = fresh.state_dict()
+    return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, other[name])]
+
+
+def load_new_weights(old: Path, new: Path, layout: Layout) -> dict[str, Any]:
+    """A live part of `old` is given the weights of `new` in every way; what differs from loading `new` afresh."""
+    bound = layout.bind()
+    fresh, whole = moerunner.load(new, layout=bound), moerunner.load(new)
+    of_files = load_file(new / "model.safetensors")
+    told: dict[str, Any] = {}
+    for how, source in {
+        "a folder": new,
+        "names of files": of_files.items(),
+        "names of the model": whole.state_dict().items(),
+    }.items():
+        model = moerunner.load(old, layout=bound)
+        parameter = next(p for name, p in model.named_parameters() if name.endswith("down_proj"))
+        assert same(model, fresh)
+        for tensor in model.state_dict().values():
+            tensor.add_(1) if tensor.is_floating_point() else None  # zeros of the padding too: they must come back
+        moerunner.load_weights(model, source)
+        told[how] = same(model, fresh)
+        assert any(parameter is p for p in model.parameters())
+    expert = [name for name in of_files if ".experts." in name]
+    for what, left in {"gone": expert[-1], "missing": expert[0]}.items():
+        try:
+            moerunner.load_weights(model, [(n, t) for n, t in of_files.items() if n != left])
+        except moerunner.CheckpointError as error:
+            told[what] = "1 missing" in str(error)
+    return told
+
+
+def load_in(folder: Path, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
+    """The bits of each tensor of this rank."""
+    model = moerunner.load(folder, dtype=dtype, layout=layout)
+    return {name: tensor.contiguous().view(torch.int16).numpy() for name, tensor in model.state_dict().items()}
+
+
+def refusals_of_a_part(folder: Path, layout: Layout, empty: Path) -> dict[str, Any]:
+    """What a model of which this rank holds a part says to what it cannot do."""
+    model = moerunner.load(folder, layout=layout)
+    told: dict[str, Any] = {}
+    before, _ = answer(model, generates=False)
+    twin = copy.deepcopy(model)
+    told["copy"] = float(abs(answer(twin, generates=False)[0] - before).max())
+    report = moerunner.patch(model, layout)
+    told["again"] = [all(r.already for r in report.replaced), report.layout == layout, bool(report.replaced)]
+    block = next(m for name, m in model.named_modules() if name in runners(model))
+    for what, act in {
+        "save": lambda: model.save_pretrained(empty),
+        "unpatch": lambda: moerunner.unpatch(model),
+        "pickle": lambda: pickle.dumps(model),
+        "another layout": lambda: moerunner.patch(model, Layout(tp=2)),
+    }.items():
+        told[what] = refusal(act)
+    block.experts.register_forward_hook(lambda *_: None)
+    told["hook"] = refusal(lambda: answer(model, generates=False))
+    return told
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except moerunner.MoEError as error:
+        return str(error)
+    return "nothing was refused"
