@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 TORCH_PIP_ARGS ?=
 TORCH = $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 WORKERS ?= 2
+# Of Transformers: the last of each minor release that is supported.
+RELEASES ?= 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0
 # Arguments for pytest, say PYTEST_ARGS="-k route -x".
 PYTEST_ARGS ?=
 MOERUNNER_SEED ?= $(shell date +%-m%d%H%M%S)
@@ -40,7 +42,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all mutants accuracy upstream lint format clean
+.PHONY: help demo test test-all mutants accuracy upstream versions lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +73,11 @@ mutants: $(VENV)/.stamp-dev ## break the code on purpose and see the tests notic
 
 upstream: $(VENV)/.stamp-dev ## Transformers' own common model tests on patched models; FAMILIES="mixtral olmoe" for a part
 	@$(BIN)/python scripts/upstream_tests.py $(FAMILIES)
+
+versions: $(VENV)/.stamp-dev ## every family against each release of Transformers; RELEASES="5.17.0 5.18.0" for a part
+	@status=0; for release in $(RELEASES); do folder=$(CACHE)/transformers-$$release; \
+		[ -d $$folder/transformers ] || $(PIP) install -q --target $$folder "transformers==$$release"; \
+		PYTHONPATH=$$folder $(BIN)/python scripts/versions.py || status=1; done; exit $$status
 
 accuracy: $(VENV)/.stamp-demo ## 17 families against Transformers, on a GPU if there is one; writes docs/accuracy.md
 	@$(BIN)/python scripts/accuracy.py

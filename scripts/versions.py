@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 """Compares every family with the Transformers that is installed, in float32, and records those that are equal to it.
 
-    python scripts/versions.py [--check]
+    python scripts/versions.py
 
 src/moerunner/models/families/verified.json gets the release and the fingerprints of the classes in the families' blocks. Exit
-status 1: a family failed; it is not recorded for this release. --check writes nothing and runs no comparison: exit status 1
-says that the record does not fit the source. `make versions` does this for each release in a folder of its own.
+status 1: a family failed, and is not recorded for this release. `make versions` does this for each release.
 """
 
 from __future__ import annotations
@@ -85,38 +84,23 @@ def _order(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
 
 
-def main(argv: list[str]) -> int:
-    if argv not in ([], ["--check"]):
-        print(__doc__, file=sys.stderr)
-        return 2
+def main() -> int:
     os.environ.setdefault("MOERUNNER_SEED", "20250101")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path.insert(0, str(PARITY.parent))
     from transformers import __version__ as release
 
-    if argv:
-        import test_parity as parity
-
-        verdicts = {case: "passed" for case, (family, _) in parity.CASES.items() if family in parity.CONFIGS}
-    else:
-        verdicts = compare()
+    verdicts = compare()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = sources(verdicts)
-    before = json.loads(RECORD.read_text())
-    after = merged(before, release, found)
-    text = (
-        "{\n"
-        + ",\n".join(f"{json.dumps(name)}: {json.dumps(groups, sort_keys=True)}" for name, groups in after.items())
-        + "\n}\n"
-    )
+    record = merged(json.loads(RECORD.read_text()), release, found)
+    lines = [f"{json.dumps(name)}: {json.dumps(groups, sort_keys=True)}" for name, groups in record.items()]
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     failed = sorted(case for case, verdict in verdicts.items() if verdict == "failed")
     print(f"Transformers {release}: {len(found)} families, {len(failed)} cases failed{': ' * bool(failed)}{', '.join(failed)}")
-    if argv:
-        return int(text != RECORD.read_text())
-    RECORD.write_text(text)
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -147,7 +147,7 @@ def test_a_row_names_the_keys_that_change_it(default):
     assert row.shared == row.groups == "none"
     assert row.specials == ["gate and up rows interleaved"]
     cells = ["toy, other", "sigmoid", "weights / sum [norm]", "on the output [factor]", "", row.activation, *row.specials]
-    assert row.cells() == cells
+    assert row.cells() == [*cells, ""]
 
 
 def test_keys_that_only_work_together_are_named_together(default):
@@ -190,6 +190,14 @@ def test_a_family_that_transformers_does_not_have_is_listed_with_that_reason():
 def test_a_family_whose_config_says_too_little_is_listed_with_that_reason(default):
     default(Config(num_experts=0))
     assert "num_experts" in matrix.row(entry()).reason
+
+
+def test_releases_between_which_none_is_missing_are_a_span(monkeypatch):
+    known = ["5.17.0", "5.18.0", "5.20.2", "5.23.0"]
+    monkeypatch.setattr(matrix.reference, "releases", lambda: known)
+    for releases, said in ((known[1:], "5.18.0 to 5.23.0"), (known[3:], "5.23.0"), (known[::2], "5.17.0, 5.20.2"), ([], "")):
+        assert matrix.Row("toy", [], [], verified=releases).cells()[-1] == said
+        assert matrix.Row("toy", [], [], verified=releases, reason="absent").cells()[-1] == said
 
 
 # ---- the whole

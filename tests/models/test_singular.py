@@ -7,6 +7,8 @@ from tiny import relative
 from moerunner.errors import UnsupportedError
 from moerunner.models import patch, registry
 from moerunner.models.block import forward_of
+from moerunner.models.families.tiny import TINY
+from moerunner.models.reference import fingerprint
 from moerunner.verify.tiny import tiny_config, tiny_inputs, tiny_model
 
 
@@ -58,8 +60,11 @@ def test_ernie_vl_has_experts_for_each_type_of_token(types):
 @pytest.mark.parametrize("capacity", [1, 3, 20])
 def test_switch_drops_what_an_expert_has_no_room_for_in_each_sequence(capacity):
     _, blocks, x = patched("switch_transformers", expert_capacity=capacity)
+    older = registry.of_model_type("switch_transformers").older
     for block in blocks:
         assert same_as_transformers(block, x)
+        if fingerprint(type(block)) in older:
+            pytest.skip("this Transformers counts the room within each token")
         dropped = (block(x) == 0).all(-1)
         assert dropped.any() == (capacity < 20)
         assert dropped.sum() >= 2 * max(0, 20 - capacity * 8)
@@ -98,7 +103,7 @@ def test_a_hook_that_only_looks_at_a_router_changes_nothing():
     [
         ("phimoe", {}, "at random"),
         ("minimax", {"router_jitter_noise": 0.1}, "noise"),
-        ("dbrx", {"ffn_config": {**tiny_config("dbrx").ffn_config.to_dict(), "moe_jitter_eps": 0.1}}, "noise"),
+        ("dbrx", {"ffn_config": {**TINY["dbrx"]["ffn_config"], "moe_jitter_eps": 0.1}}, "noise"),
         ("switch_transformers", {"router_jitter_noise": 0.1, "dropout_rate": 0.0}, "noise"),
         ("switch_transformers", {"router_jitter_noise": 0.0, "dropout_rate": 0.1}, "drop"),
     ],

@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moerunner.errors import MoEError
-from moerunner.models import words
+from moerunner.models import reference, words
 from moerunner.models.entry import Family, Keys, pieces
 from moerunner.models.families import LEFT_ALONE
 from moerunner.models.registry import registered
 from moerunner.spec import MoESpec
 
-HEADS = ("family", "router", "weights of the chosen", "factor", "shared experts", "activation", "also")
+HEADS = ("family", "router", "weights of the chosen", "factor", "shared experts", "activation", "also", "verified with")
 _INTRO = """# Model families
 
 What `moerunner.patch` runs, made from the entries themselves by `moerunner families --markdown`. Each entry is read with the
 default config of its class in Transformers {version}, and again with one key changed at a time: the keys in brackets are what
 a model changes it by. Names are tried out of a few: {names}.
+The last column has the releases of Transformers that every float32 case of the family was compared with; others lack it.
 """
 _LEFT = """
 ## Other blocks
@@ -37,7 +38,10 @@ experts functions can run. `moerunner inspect PATH` says what it would do. These
 
 @dataclass(frozen=True)
 class Row:
-    """One family in words; `none` where it has no such thing. reason: why there are no words."""
+    """One family in words; `none` where it has no such thing.
+
+    verified: the releases of Transformers that it was verified with. reason: why there are no words.
+    """
 
     name: str
     aliases: list[str]
@@ -50,16 +54,17 @@ class Row:
     shared: str = words.NONE
     activation: str = words.NONE
     specials: list[str] = field(default_factory=list)
+    verified: list[str] = field(default_factory=list)
     reason: str = ""
 
     def cells(self) -> list[str]:
         """For a table, under `HEADS`."""
         name = self.name + "".join(f", {alias}" for alias in self.aliases)
         if self.reason:
-            return [name, self.reason, *("" for _ in HEADS[2:])]
+            return [name, self.reason, *("" for _ in HEADS[3:]), _span(self.verified)]
         router = ", ".join(text for text in (self.score, self.choice, self.groups) if text != words.NONE)
         rest = (self.renormalise, self.factor, self.shared, self.activation, ", ".join(self.specials))
-        return [name, router, *("" if text == words.NONE else text for text in rest)]
+        return [name, router, *("" if text == words.NONE else text for text in rest), _span(self.verified)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def collect() -> Matrix:
 
 def row(family: Family) -> Row:
     """A family in words."""
-    start = Row(family.name, list(family.aliases), list(family.blocks))
+    start = Row(family.name, list(family.aliases), list(family.blocks), verified=reference.releases(family.name))
     reasons: list[str] = []
     for config in _configs(family, reasons):
         for tried in (config, _filled(family, config)):
@@ -233,6 +238,14 @@ def _stored(family: Family) -> list[str]:
         "weights stored transposed": any("transposed" in change for change in changes),
     }
     return [text for text, on in named.items() if on]
+
+
+def _span(releases: list[str]) -> str:
+    """The first and the last where none of those between was left out."""
+    known = reference.releases()
+    if len(releases) < 2 or releases != known[known.index(releases[0]) : known.index(releases[-1]) + 1]:
+        return ", ".join(releases)
+    return f"{releases[0]} to {releases[-1]}"
 
 
 def _line(cells: Any) -> str:

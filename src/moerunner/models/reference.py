@@ -25,7 +25,7 @@ from moerunner.models.entry import Family
 from moerunner.models.registry import forward_owner
 
 _HOME = "transformers.models."
-_DO_NOT_COUNT = ("annotation", "ctx", "decorator_list", "kind", "returns", "type_comment", "type_params")
+_DO_NOT_COUNT = ("annotation", "ctx", "kind", "returns", "type_comment", "type_params")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ def sources(block: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(kind: type) -> str | None:
-    """Of the `forward` of a class, and of the methods and functions beside it that are called there. None without a source."""
+    """Of the `forward` of a class, and of the methods and functions beside it that are called there. None without a source.
+
+    `_apply_gate` too: Transformers' experts functions call it in place of `forward`.
+    """
     texts: dict[Any, str] = {}
-    pending: list[Any] = [inspect.unwrap(vars(forward_owner(kind))["forward"])]
+    pending: list[Any] = [inspect.unwrap(vars(forward_owner(kind))["forward"]), *_methods(kind, ("_apply_gate",))]
     while pending:
         function = pending.pop()
         if function in texts:
@@ -95,7 +98,8 @@ def _methods(kind: type, names: tuple[str, ...]) -> Iterator[FunctionType]:
     """Of a class by name, without those of every module; properties too."""
     for name in names:
         found: Any = getattr(kind, name, None)
-        found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+        found = getattr(found, "fget", found)
+        found = inspect.unwrap(found) if callable(found) else None
         if isinstance(found, FunctionType) and getattr(nn.Module, name, None) is not found:
             yield found
 
@@ -108,6 +112,7 @@ def _read(function: FunctionType) -> tuple[str, tuple[str, ...], tuple[str, ...]
     definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
     if definition is None:
         raise SyntaxError("not a def")
+    definition.decorator_list = []
     names = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name)}
     attributes = [node for node in ast.walk(definition) if isinstance(node, ast.Attribute)]
     own = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "self"}

@@ -32,11 +32,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         {"num_local_experts": 5, "swiglu_limit": 7.0, "swiglu_alpha": 1.2, "intermediate_size": 24},
     ),
+    "gpt_oss-as-released": ("gpt_oss", {"num_experts_per_tok": 3}),
     "openai_privacy_filter-clamped": ("openai_privacy_filter", {"num_experts_per_tok": 4, "swiglu_limit": 0.25}),
     "openai_privacy_filter-top5": (
         "openai_privacy_filter",
         {"num_local_experts": 7, "num_experts_per_tok": 5, "swiglu_alpha": 1.0, "intermediate_size": 24},
     ),
+    "openai_privacy_filter-as-released": ("openai_privacy_filter", {"num_experts_per_tok": 3}),
     "jetmoe-top2": ("jetmoe", {}),
     "jetmoe-top3-gelu": ("jetmoe", {"num_local_experts": 7, "num_experts_per_tok": 3, "activation_function": "gelu"}),
     "kolibri1-as-they-are": ("kolibri1", {"norm_topk_prob": False, "num_experts_per_tok": 3}),

@@ -204,7 +204,7 @@ _GPT_OSS = Family(
 
 TABLE = (
     _GRANITEMOE,
-    _GRANITEMOE.like("granitemoe_swa", "GraniteMoeSWAMoE"),
+    _GRANITEMOE.like("granitemoe_swa", "GraniteMoeSWAMoE", older={}),
     _GRANITEMOE.like("granitemoeshared", "GraniteMoeSharedMoE"),
     _GRANITEMOE.like(
         "granitemoehybrid",
