@@ -55,7 +55,7 @@ def collectives(model: Any) -> dict[str, Any]:
     return issued
 
 
-def facts(model: Any, layout: Layout, *, generates: bool = True) -> dict[str, Any]:
+def facts(model: Any, generates: bool = True) -> dict[str, Any]:
     """What a test looks at, of one rank."""
     comm = next(iter(runners(model).values()))._comm
     logits, said = answer(model, comm.coordinates["dp"], generates=generates)
@@ -68,8 +68,8 @@ def facts(model: Any, layout: Layout, *, generates: bool = True) -> dict[str, An
     }
 
 
-def load_and_run(folder: Path, layout: Layout, again: Path | None = None, *, generates: bool = True) -> dict[str, Any]:
-    """Loads for this rank and counts what is read of each file; `again`: other weights that are put into the model then."""
+def load_and_run(folder: Path, layout: Layout, generates: bool = True) -> dict[str, Any]:
+    """Loads for this rank and counts the bytes that are read of each stored tensor."""
     read: Counter[str] = Counter()
     own = tensorfile.Reader.read
 
@@ -82,14 +82,20 @@ def load_and_run(folder: Path, layout: Layout, again: Path | None = None, *, gen
         model = moerunner.load(folder, layout=layout)
     finally:
         tensorfile.Reader.read = own
-    found = facts(model, layout, generates=generates)
+    found = facts(model, generates)
     return {**found, "read": dict(read), "kept": sum(t.nbytes for t in model.state_dict().values())}
 
 
-def patch_and_run(family: str, changes: dict[str, Any], layout: Layout, *, generates: bool = True) -> dict[str, Any]:
+def patch_and_run(family: str, changes: dict[str, Any], layout: Layout, generates: bool = True) -> dict[str, Any]:
+    """Patches a whole model, of which this rank keeps a part."""
     model = tiny_model(family, **changes)
+    parameters = dict(model.named_parameters())
     model.moerunner_report = moerunner.patch(model, layout)
-    return facts(model, layout, generates=generates)
+    found = facts(model, generates)
+    same = all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    kept = sum(t.nbytes for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    return {**found, "same parameters": same, "memory": sum(memory.values()), "kept": kept}
 
 
 def same(model: Any, fresh: Any) -> list[str]:
@@ -160,3 +166,42 @@ def refusal(act: Callable[[], Any]) -> str:
     except moerunner.MoEError as error:
         return str(error)
     return "nothing was refused"
+
+
+def patch_twice(layout: Layout) -> tuple[Any, Any, Any]:
+    model, bound = tiny_model("mixtral"), layout.bind()
+    moerunner.patch(model, bound)
+    before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    told = [all(r.already for r in moerunner.patch(model, bound).replaced)]
+    return before, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, told
+
+
+def mixed_blocks(layout: Layout) -> tuple[dict[str, Any], float]:
+    """A model whose blocks cannot be split: the report, and how far its answer is from before."""
+    model = tiny_model("switch_transformers")
+    before, _ = answer(model, generates=False)
+    report = moerunner.patch(model, layout)
+    after, _ = answer(model, generates=False)
+    told = {"replaced": [r.name for r in report.replaced], "skipped": [(s.name, s.reason) for s in report.skipped]}
+    return told, float(abs(after - before).max())
+
+
+def wrong_layouts() -> dict[str, Any]:
+    """The error, and whether the model is as it was."""
+    told = {}
+    for what, layout in {
+        "placement": Layout(ep=2, placement=((0, 1), (2, 3))),
+        "tokens": Layout(ep=2, tokens="sharded"),
+        "world": Layout(ep=4),
+        "patched for one": Layout(ep=2),
+    }.items():
+        model = tiny_model("mixtral")
+        if what == "patched for one":
+            moerunner.patch(model)
+        before, shapes = runners(model).keys(), [p.shape for p in model.parameters()]
+        try:
+            moerunner.patch(model, layout)
+        except moerunner.MoEError as error:
+            same = runners(model).keys() == before and [p.shape for p in model.parameters()] == shapes
+            told[what] = [type(error).__name__, same]
+    return told
