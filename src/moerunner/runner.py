@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moerunner.errors import DistributedError, SpecError, WeightsError
+from moerunner.errors import SpecError, UnsupportedError, WeightsError
 from moerunner.execute import Verbs
-from moerunner.parallel.comm import Comm, LocalComm
+from moerunner.parallel.balance import LoadCounter
+from moerunner.parallel.comm import comm_of
 from moerunner.parallel.cut import local_part
 from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.parallel.move import rebalanced
 from moerunner.parallel.pairs import SlotMap
 from moerunner.plan import Options, resolve
 from moerunner.spec import MoESpec
@@ -45,8 +47,9 @@ class MoERunner(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.options = spec, options or Options()
-        self._comm = _comm_of(layout)
+        self._comm = comm_of(layout)
         self._slots = SlotMap(self._comm.layout, spec.num_experts, spec.routing.modalities, spec.zero_experts)
+        self.loads = LoadCounter(spec.num_experts) if self.options.count_loads else None
         if isinstance(weights, Mapping):
             weights = LayerWeights.of(spec, weights)
         if isinstance(weights, LayerWeights):
@@ -91,6 +94,8 @@ class MoERunner(nn.Module):
             input_ids=input_ids,
             token_types=token_types,
         )
+        if self.loads is not None:
+            self.loads.add(topk, self._slots)
         shared = v.shared(x_TH, w, topk)
         zero = v.zero(x_TH, topk)
         routed = v.input_transform(x_TH, w)
@@ -116,6 +121,18 @@ class MoERunner(nn.Module):
     def explain(self) -> str:
         """The plan: every step, its kernel and why, every kernel refused, the collectives and their bytes."""
         return self.plan.explain()
+
+    def rebalance(self, placement: tuple[tuple[int, ...], ...]) -> None:
+        """Moves the experts to another `Layout.placement`, see `parallel.balance.placement`; every rank must call it.
+
+        Results stay as they are. Parameters become new ones without gradients: make the optimizer anew.
+        """
+        if self._source is not None:
+            raise UnsupportedError("the experts belong to another module", where="rebalance", next_step="Give it weights")
+        w, self._comm, self._slots = rebalanced(self.layer_weights(), self._comm, self._slots, placement)
+        self._template = _own(self, w)
+        self._verbs, self._agreed = {}, False
+        self.plan = self._resolve(w, bool(self.options.grad)).plan
 
     def layer_weights(self) -> LayerWeights:
         """This rank's tensors as they are now."""
@@ -147,7 +164,7 @@ class MoERunner(nn.Module):
             raise WeightsError(f"tokens are on {x.device}, the experts on {w2.device}", where="x")
         grad = self.options.grad
         if grad is None:
-            grad = torch.is_grad_enabled() and (x.requires_grad or _requires_grad(w))
+            grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
         verbs = self._verbs.get((x.device.type, x.dtype, grad)) or self._resolve(w, grad, x)
         if not self._agreed:
             self._comm.same(f"{verbs.plan.fingerprint} {[(n, m.shape) for n, m in sorted(w.meta().items())]}")
@@ -161,24 +178,6 @@ class MoERunner(nn.Module):
         verbs = Verbs(plan, self._comm, self._slots)
         self._verbs[device, verbs.dtype, grad] = verbs
         return verbs
-
-
-def _comm_of(layout: Layout | BoundLayout | None) -> Comm:
-    if isinstance(layout, BoundLayout):
-        return layout.comm
-    if layout is not None and layout.world > 1:
-        raise DistributedError(
-            f"the layout has {layout.world} ranks and is not bound to them",
-            where="MoERunner",
-            next_step="Layout.bind(mesh)",
-        )
-    return LocalComm()
-
-
-def _requires_grad(w: LayerWeights) -> bool:
-    return any(e.tensor.requires_grad for s in w.experts for e in s.tensors.values()) or any(
-        t.requires_grad for t in w.tensors.values()
-    )
 
 
 def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:

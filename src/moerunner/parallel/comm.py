@@ -121,6 +121,20 @@ class LocalComm(GatherComm):
         return [item]
 
 
+def comm_of(layout: Layout | BoundLayout | None) -> Comm:
+    """What a bound layout communicates by, or that of one rank.
+
+    Raises:
+        DistributedError: the layout has several ranks and is not bound to them.
+    """
+    if isinstance(layout, BoundLayout):
+        return layout.comm
+    if layout is not None and layout.world > 1:
+        what = f"the layout has {layout.world} ranks and is not bound to them"
+        raise DistributedError(what, where="MoERunner", next_step="Layout.bind(mesh)")
+    return LocalComm()
+
+
 class SimulatedComm(GatherComm):
     """One of N ranks that are threads of this process."""
 

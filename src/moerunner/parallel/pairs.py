@@ -62,7 +62,7 @@ class SlotMap:
 
     def __init__(self, layout: Layout, num_experts: int, sets: int = 1, zero_experts: int = 0) -> None:
         self.slots = layout.slots(num_experts, sets)
-        self.per_rank, self.num_experts = len(self.slots[0]), num_experts
+        self.per_rank, self.num_experts, self.zero_experts = len(self.slots[0]), num_experts, zero_experts
         where: list[list[int]] = [[] for _ in range(num_experts)]
         for slot, expert in enumerate(itertools.chain.from_iterable(self.slots)):
             if expert >= 0:
@@ -88,6 +88,11 @@ class SlotMap:
         turn = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) % self._sizes[safe]
         return torch.where(real, self._table[safe, turn], -1)
 
+    def logical(self, physical: Tensor) -> Tensor:
+        """The experts in these slots; -1 for an empty slot and for -1."""
+        experts = torch.tensor([*itertools.chain.from_iterable(self.slots), -1], device=physical.device)
+        return experts[physical]
+
     def local(self, physical: Tensor, ep_coordinate: int) -> Tensor:
         """Slots of this rank, -1 for those of others."""
         local = physical - ep_coordinate * self.per_rank
@@ -97,17 +102,17 @@ class SlotMap:
 def pack(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
     """Tokens, ids and weights as one byte tensor [R, bytes], so that they travel in one collective."""
     parts = (x_RH, ids_RK.to(torch.int32), weights_RK)
-    return torch.cat([_view(part, torch.uint8) for part in parts], dim=1)
+    return torch.cat([reinterpreted(part, torch.uint8) for part in parts], dim=1)
 
 
 def unpack(packed: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `pack`; x and weights give dtypes and widths."""
     hidden, k = x.shape[1] * x.element_size(), weights.shape[1]
     rows, ids, w = packed.split([hidden, 4 * k, weights.element_size() * k], dim=1)
-    return _view(rows, x.dtype), _view(ids, torch.int32).to(torch.int64), _view(w, weights.dtype)
+    return reinterpreted(rows, x.dtype), reinterpreted(ids, torch.int32).to(torch.int64), reinterpreted(w, weights.dtype)
 
 
-def _view(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def reinterpreted(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bytes, copied: a slice of few rows may start where PyTorch refuses the view, and without rows any may."""
     if rows.shape[0]:
         return rows.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -24,6 +24,7 @@ class Options:
     grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
     capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts.
+    count_loads: `runner.loads` counts how often each expert is chosen.
     """
 
     dtype: Any = None
@@ -35,6 +36,7 @@ class Options:
     batch_invariant: bool = False
     capturable: bool = False
     dispatch: Dispatch = "auto"
+    count_loads: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtype", "reduce_dtype"):
@@ -47,7 +49,7 @@ class Options:
             object.__setattr__(self, name, text)
         if not isinstance(self.backend, str):
             raise SpecError(f"must be a name, not {self.backend!r}", where="Options.backend")
-        for name in ("grad", "deterministic", "batch_invariant", "capturable"):
+        for name in ("grad", "deterministic", "batch_invariant", "capturable", "count_loads"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "grad" and value is None):
                 raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")

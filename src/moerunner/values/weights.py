@@ -219,6 +219,12 @@ class LayerWeights:
         tensors = {n: change(n.replace(".", "_"), t) for n, t in self.tensors.items()}
         return dataclasses.replace(self, experts=tuple(sets), tensors=tensors)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any tensor does."""
+        experts = (e.tensor for one in self.experts for e in one.tensors.values())
+        return any(t.requires_grad for t in (*experts, *self.tensors.values()))
+
     def meta(self) -> dict[str, TensorMeta]:
         """Shapes, strides, dtypes and formats of everything, no tensors: the input of `resolve`."""
         metas = {name: _meta(tensor) for name, tensor in self.tensors.items()}
