@@ -392,3 +392,21 @@ def test_difference_is_relative_to_the_reference():
 )
 def test_difference_at_the_edges(y, ref, expected):
     assert difference(torch.tensor(y), torch.tensor(ref)).max == expected
+
+
+def test_a_logit_at_the_threshold_of_sparsemixer_is_a_tie_and_a_wrong_threshold_is_not(monkeypatch):
+    ties = 0
+    for seed in (8, 9):
+        model = tiny_model("phimoe", seed=seed, dtype=torch.float16, router_jitter_noise=0.05)
+        report = verify(model, num_tokens=128, oracle_tokens=2)
+        assert report.ok, str(report)
+        ties += sum(layer.tied for layer in report.layers)
+    right = MoERunner.route
+
+    def wrong(self, x, **inputs):
+        top = right(self, x, **inputs)
+        return TopK(top.ids, top.weights.flip(-1), scaled=top.scaled)
+
+    monkeypatch.setattr(MoERunner, "route", wrong)
+    assert any("routing weights" in reason for reason in verify(model, num_tokens=32, oracle_tokens=2).reasons())
+    assert ties, "none of these models has a logit at the threshold"

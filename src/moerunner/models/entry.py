@@ -162,7 +162,7 @@ class Router:
     ids: int = 2
     flat: bool = False
     takes: tuple[str, ...] = ("x",)
-    choice: Callable[[tuple[Any, ...], int], tuple[Tensor, ...]] | str | None = None
+    choice: Callable[[Any, int], tuple[Tensor, ...]] | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,10 +102,10 @@ def verify(
 
 def _cast(model: Any, dtype: torch.dtype | None) -> Any:
     """In place, as Transformers does when it loads: buffers, and what a family keeps in float32, stay as they are."""
-    kept = None if dtype is None else kept_in_float32(model, dtype)
-    for name, parameter in model.named_parameters() if kept is not None else ():
-        if not kept.search(name):
-            parameter.data = parameter.data.to(dtype)
+    if dtype is not None:
+        kept = kept_in_float32(model, dtype)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data if kept.search(name) else parameter.data.to(dtype)
     return model
 
 

@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden, K chosen, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +108,8 @@ class Comparison:
         if not self.own[1]:
             return self._unproven(family, backend), len(self.x_TH)
         agree_T = self._agree()
+        edge = self._on_the_edge(agree_T)
+        agree_T[edge] = False
         error_T = (self.own_TH - self.expected_TH).double().abs().amax(-1).cpu()
         error_T = torch.where(agree_T.cpu(), error_T.nan_to_num(nan=torch.inf), 0.0)
         agreeing, differing = agree_T.nonzero().flatten().tolist(), (~agree_T).nonzero().flatten().tolist()
@@ -114,7 +117,7 @@ class Comparison:
         spread = {agreeing[i * len(agreeing) // oracle_tokens] for i in range(oracle_tokens) if agreeing}
         sample = sorted(spread | ({worst} & set(agreeing)))
         choices = self._choices(sample + differing)
-        tied = [t for t in differing if self._near_tie(t, choices[t])]
+        tied = [t for t in differing if t in edge or self._near_tie(t, choices[t])]
         unlike = [t for t in sample if set(choices[t].ids) != set(self.own_top.ids[t].tolist())]
         strange = [t for t in unlike if not self._near_tie(t, choices[t])]
         ours, theirs, count = self._against_oracle([t for t in sample if t not in unlike], choices)
@@ -223,6 +226,31 @@ class Comparison:
         shaken[choice.ids] -= 2 * step
         moved = reference_route(spec, weights, self.x_TH[[row]], router_logits=shaken[None], **self.given_to([row]))[0]
         return set(moved.ids) != set(choice.ids)
+
+    def _on_the_edge(self, agree_T: Tensor) -> list[int]:
+        """Tokens with the same experts and other weights, where sparsemixer's weights leap: at its threshold, and where the two
+        best logits tie. There both weights are the oracle's, with logits and threshold moved by some roundings."""
+        spec, router = self.runner.spec, self.forward.source.family.router
+        if spec.routing.score != "sparsemixer" or self.call.answer is None or router is None or router.logits is None:
+            return []
+        ours, theirs = (top.weights.gather(1, top.ids.argsort(-1)) for top in (self.own_top, self.expected_top))
+        apart_T = ((ours - theirs).abs().amax(-1) > weights_bound(self.dtype)) & agree_T
+        return [t for t in apart_T.nonzero().flatten().tolist() if self._leaps(t, self.call.answer[router.logits][t])]
+
+    def _leaps(self, row: int, logits: Tensor) -> bool:
+        spec, weights = self.runner.spec, self.runner.layer_weights()
+        room = 8 * torch.finfo(self.dtype).eps  # logits, their difference and the quotient are all rounded
+        unseen = [True, True]
+        for jitter in (spec.routing.jitter, max(spec.routing.jitter - room, 1e-9), spec.routing.jitter + room):
+            moved = dataclasses.replace(spec, routing=dataclasses.replace(spec.routing, jitter=jitter))
+            for which, top in enumerate((self.own_top, self.expected_top)):
+                z = logits.double().cpu()[None].clone()
+                z[0, top.ids[row, 0]] += 1e-9  # the first of two that tie is the one that it took
+                choice = reference_route(moved, weights, self.x_TH[[row]], router_logits=z)[0]
+                off = (torch.tensor(choice.weights) - top.weights[row].cpu()).abs().max()
+                if choice.ids == top.ids[row].tolist() and float(off) <= weights_bound(self.dtype):
+                    unseen[which] = False
+        return not any(unseen)
 
     def _against_oracle(self, rows: list[int], choices: dict[int, Choice]) -> tuple[Difference, Difference, int]:
         """moerunner and Transformers against float64. In low precision the experts of Transformers are replayed."""
