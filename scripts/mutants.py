@@ -109,7 +109,7 @@ class Run:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             os.chdir(self.tree)
-            sys.path.insert(0, str(self.tree / "src"))
+            sys.path[:0] = [str(self.tree / "src"), str(self.tree)]  # as `python -m pytest` has it, for processes of tests too
             import pytest
 
             code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--timeout=60", *tests])
