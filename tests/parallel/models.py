@@ -205,3 +205,18 @@ def wrong_layouts() -> dict[str, Any]:
             same = runners(model).keys() == before and [p.shape for p in model.parameters()] == shapes
             told[what] = [type(error).__name__, same]
     return told
+
+
+def memory_of_loading(folder: Path, small: Path, layout: Layout) -> tuple[int, int]:
+    """The most memory that this process had during loading beyond what it had before, and what the model takes."""
+    bound = layout.bind()
+    moerunner.load(small, layout=bound)  # imports and pools of threads are there then
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    before = status("VmRSS")
+    model = moerunner.load(folder, layout=bound)
+    return status("VmHWM") - before, sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parallel.models import answer, load_and_run, load_in, load_new_weights, refusals_of_a_part
+from tests.parallel.models import answer, load_and_run, load_in, load_new_weights, memory_of_loading, refusals_of_a_part
 from tests.parallel.pool import on_ranks
 
 import moerunner
@@ -194,3 +194,13 @@ def test_in_half_precision_a_part_has_the_bits_of_the_whole(folders, dtype):
         for name, tensor in part.items():
             wanted = whole[name].chunk(2)[rank] if ".experts." in name else whole[name]
             assert torch.equal(torch.from_numpy(tensor), wanted.view(torch.int16)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(tp=2)], ids=["ep2", "tp2"])
+def test_loading_takes_no_more_memory_than_what_the_rank_keeps(folders, layout, tmp_path):
+    wide = {"hidden_size": 256, "moe_intermediate_size": 512, "num_local_experts": 64}
+    tiny_model("qwen3_moe", **wide).save_pretrained(tmp_path)
+    for most, kept in on_ranks(2, memory_of_loading, tmp_path, folders("qwen3_moe")[0], layout):
+        assert kept > 50 * 2**20
+        assert most <= kept + 12 * 2**20
