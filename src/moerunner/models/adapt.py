@@ -34,6 +34,9 @@ def patch(model: nn.Module, layout: Layout | BoundLayout | None = None, backend:
     the shapes of the part from then on, and the rest is freed. All else stays whole; a block that is left as it is runs whole
     on every rank. Such a model can neither be saved nor unpatched, and a block of it that is changed later raises.
 
+    A model that Transformers itself has spread over ranks (`DistributedConfig` with tp_size, or ep_size equal to it) is patched
+    as it is, without a layout, by every rank: the blocks run on its DTensors and process groups, with one all-reduce each.
+
     Args:
         model: a Transformers model, or any module that contains blocks of a known family.
         layout: who holds what, None for one rank. A `Layout` of several ranks is bound as `Layout.bind()` does it. The ranks of

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
+from moerunner.models.dtensors import Placed, hooked_by_plan, local
 from moerunner.models.entry import Change, Family, Joined
 from moerunner.models.places import Cut
 from moerunner.ops.precision import wide
@@ -37,7 +38,8 @@ class Held:
     """A tensor of a module: its canonical name, its attribute, how it is stored otherwise than in `shape`.
 
     index: its place among the tensors that `entry.Joined` puts together. cut: the part that this rank keeps of the stored
-    tensor, where it does not keep all; `shape` is that of the part.
+    tensor, where it does not keep all; `shape` is that of the part. placed: how Transformers spread the tensor over ranks;
+    `shape` is that of the whole, and this rank's part is read.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Held:
     shape: tuple[int, ...]
     index: int = 0
     cut: Cut | None = None
+    placed: Placed | None = None
 
     def planned(self, module: nn.Module) -> Tensor:
         """The tensor, without data, as it will be once it is cut."""
@@ -54,8 +57,12 @@ class Held:
         return self.see(torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
     def read(self, module: nn.Module) -> Tensor:
-        """The tensor as it is now, in the spec's shape. Raises `Changed` if it is no plain tensor any more."""
+        """The tensor as it is now, in the spec's shape. Raises `Changed` if it is of another kind than it was."""
         tensor = getattr(module, self.attribute)
+        if self.placed is not None:
+            if Placed.of(tensor) != self.placed:
+                raise Changed(f"{self.attribute} is no longer spread over ranks as it was")
+            tensor = local(tensor)
         if type(tensor) not in PLAIN:
             raise Changed(f"{self.attribute} is now a {type(tensor).__name__}")
         return self.see(tensor)
@@ -180,13 +187,14 @@ def listens(module: nn.Module, *, recorders: bool = True) -> bool:
     """Whether calling the module does more than run its class's forward: hooks, or a forward of the instance.
 
     recorders=False leaves out the hooks with which Transformers records outputs; they change nothing. Hooks that only keep
-    a module on its device (accelerate, without offload) do not count: its tensors are where the tokens are.
+    a module on its device (accelerate, without offload) do not count: its tensors are where the tokens are. Nor do those with
+    which Transformers computes with this rank's part of the tensors.
     """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     if any(recorders or getattr(hook, "__module__", "") != _RECORDERS for hook in module._forward_hooks.values()):
         return True
-    return "forward" in module.__dict__ and not placed_by_accelerate(module)
+    return "forward" in module.__dict__ and not (placed_by_accelerate(module) or hooked_by_plan(module))
 
 
 def placed_by_accelerate(module: nn.Module) -> bool:

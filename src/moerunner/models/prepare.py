@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from moerunner.errors import UnsupportedError
 from moerunner.models import reference, registry
 from moerunner.models.block import PLAIN, Held, Part, PatchedForward, Source, reach, refuse_training, slot_of
+from moerunner.models.dtensors import Placed, hooked_by_plan, local
 from moerunner.models.entry import Family, Keys, MissingKey, View, pieces
 from moerunner.models.experts_function import as_family, is_experts_module
+from moerunner.models.plans import layout_of
 from moerunner.models.shards import part_of
 from moerunner.parallel.layout import BoundLayout
 from moerunner.plan import Options, resolve
@@ -89,6 +91,11 @@ def prepare(
     without_data = [name for name, tensor in tensors.items() if tensor.is_meta and device is None]
     if without_data:
         raise UnsupportedError(f"{', '.join(without_data)} have no data: they are on the meta device")
+    spread = layout_of(source, (site.block, *site.owners))
+    if spread is not None:
+        if layout is not None:
+            raise UnsupportedError("Transformers has spread it over ranks already; patch(model) without a layout runs it so")
+        return PatchedForward(source, options, spread)
     if layout is not None:
         source = part_of(source, layout)
         kind = (device or next(iter(tensors.values())).device).type
@@ -100,6 +107,8 @@ def source_of(site: Site) -> Source:
     """The block's spec and tensors, which may be without data. Raises as `prepare` does."""
     block = site.block
     present = block.__dict__.get(slot_of(block))
+    if hooked_by_plan(block):
+        raise UnsupportedError("its forward is hooked by the TP or EP plan that Transformers spread the model with")
     if slot_of(block) == "forward" and present is not None:
         raise UnsupportedError(f"its forward was replaced by {present!r}")
     family, config, spec = spec_of(site)
@@ -157,8 +166,9 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
             raise UnsupportedError(f"the entry {family.name!r} does not say where {name} is")
         for index, (view, seen) in enumerate(pieces(family.weights[name], shape)):
             path, _, attribute = view.path.rpartition(".")
-            one = Held(name, attribute, view.change, seen, index)
-            _check_tensor(reach(block, view.path), view, one)
+            tensor = reach(block, view.path)
+            one = Held(name, attribute, view.change, seen, index, placed=Placed.of(tensor))
+            _check_tensor(tensor, view, one)
             held.setdefault(path, []).append(one)
     router = family.router.path if family.router is not None else None
     parts = []
@@ -181,6 +191,10 @@ def _check_kind(block: nn.Module, path: str, kind: type) -> None:
 def _check_tensor(tensor: Any, view: View, held: Held) -> None:
     if not isinstance(tensor, Tensor):
         raise UnsupportedError(f"it has no tensor {view.path}")
+    if held.placed is not None:
+        if not held.placed.whole and view.change not in ("", "transposed"):
+            raise UnsupportedError(f"{view.path} is {held.placed}, and stored {view.change}")
+        tensor = torch.empty(tensor.shape, device="meta")  # the whole
     if type(tensor) not in PLAIN:
         raise UnsupportedError(f"{view.path} is a {type(tensor).__name__}, not a plain tensor")
     try:
@@ -210,5 +224,5 @@ def _tensors(weights: LayerWeights) -> dict[str, Tensor]:
 
 def copied_bytes(weights: LayerWeights, block: nn.Module) -> int:
     """Memory of the tensors that are not the block's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    own = {local(t).untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
     return sum(t.nbytes for t in _tensors(weights).values() if t.untyped_storage().data_ptr() not in own)
