@@ -62,7 +62,7 @@ def install(model: nn.Module, options: Options, layout: BoundLayout | None, cut:
         try:
             forward = present or cut.get(site.block) or prepare(site, options, layout)
             if present is not None or layout is None:
-                forward.source(), forward.runner  # what is wrong with a whole block is told now
+                _ = forward.source(), forward.runner  # what is wrong with a whole block is told now
         except (UnsupportedError, PlanError, WeightsError, Changed) as reason:
             report.skipped.append(Skipped(site.name, str(reason)))
             continue
