@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -69,43 +70,35 @@ class Plan:
     @property
     def collectives(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Every collective that one forward issues on this rank, in order, without the exchange of row counts."""
-        issued: list[tuple[str, tuple[str, ...]]] = []
-        for s in self.steps:
-            if s.verb == "dispatch" and s.gathers:
-                issued.append(("all_gather", s.gathers))
-            if s.verb == "dispatch" and s.kernel == "alltoall":
-                issued.append(("all_to_all", ("ep",)))
-            if s.verb == "combine" and s.kernel == "alltoall":
-                issued.append(("all_to_all", ("ep",)))
-            if s.verb == "combine" and s.axes:
-                issued.append(("reduce_scatter", s.axes))
-            if s.verb == "reduce":
-                issued.append(("reduce_scatter" if s.scatter else "all_reduce", s.axes))
-        return tuple(issued)
+        return tuple((kind, axes) for kind, axes, _ in self.traffic())
 
     def bytes_per_token(self) -> float:
         """Bytes that one rank sends per token of the caller, with ring algorithms and uniform routing."""
-        return sum(self._step_bytes(s, after.get(s.value)) for s, after in zip(self.steps, self.states, strict=True))
+        return sum(sent for _, _, sent in self.traffic())
 
-    def _step_bytes(self, s: Step, state: ValueState | None) -> float:
-        if state is None:
-            return 0.0
-        ranks = 1
-        for axis in s.axes or s.gathers or (("ep",) if s.kernel == "alltoall" else ()):
-            ranks *= getattr(self.layout, axis)
-        share = (ranks - 1) / ranks
-        row = state.padded_to * _BYTES[s.dtype or self.dtype]
-        if s.verb == "reduce":
-            rows = self.spec.top_k if not state.summed else 1
-            return rows * row * share * (1 if s.scatter else 2)
-        if s.verb not in ("dispatch", "combine"):
-            return 0.0
-        total = 0.0
-        if s.gathers or (s.verb == "combine" and s.axes):
-            total += row * (ranks - 1)
-        if s.kernel == "alltoall":
-            total += row * self.spec.top_k * self.layout.tp * (self.layout.ep - 1) / self.layout.ep
-        return total
+    def traffic(self) -> tuple[tuple[str, tuple[str, ...], float], ...]:
+        """Each of `collectives` with the bytes that `bytes_per_token` counts for it."""
+        issued: list[tuple[str, tuple[str, ...], float]] = []
+        for s, after in zip(self.steps, self.states, strict=True):
+            state = after.get(s.value)
+            if state is None:
+                continue
+            row = state.padded_to * _BYTES[s.dtype or self.dtype]
+            if s.verb == "dispatch" and s.gathers:
+                issued.append(("all_gather", s.gathers, row * (self._ranks(s.gathers) - 1)))
+            if s.verb in ("dispatch", "combine") and s.kernel == "alltoall":
+                elsewhere = (self.layout.ep - 1) / self.layout.ep
+                issued.append(("all_to_all", ("ep",), row * self.spec.top_k * self.layout.tp * elsewhere))
+            if s.verb == "combine" and s.axes:
+                issued.append(("reduce_scatter", s.axes, row * (self._ranks(s.axes) - 1)))
+            if s.verb == "reduce":
+                rows, ranks = self.spec.top_k if not state.summed else 1, self._ranks(s.axes)
+                sent = rows * row * (ranks - 1) / ranks
+                issued.append(("reduce_scatter", s.axes, sent) if s.scatter else ("all_reduce", s.axes, 2 * sent))
+        return tuple(issued)
+
+    def _ranks(self, axes: tuple[str, ...]) -> int:
+        return math.prod(getattr(self.layout, axis) for axis in axes)
 
     @property
     def fingerprint(self) -> str:
