@@ -85,7 +85,7 @@ class MoERunner(nn.Module):
         """
         w = self.layer_weights()
         v, x_TH = self._enter(x, w)
-        topk = v.route(
+        chosen = v.route(
             x_TH,
             w,
             topk=topk,
@@ -95,12 +95,14 @@ class MoERunner(nn.Module):
             token_types=token_types,
         )
         if self.loads is not None:
-            self.loads.add(topk, self._slots)
-        shared = v.shared(x_TH, w, topk)
-        zero = v.zero(x_TH, topk)
+            self.loads.add(chosen, self._slots)
+        zero = v.zero(x_TH, chosen)
         routed = v.input_transform(x_TH, w)
         routed = v.pad(routed, w)
-        rows, trip = v.dispatch(routed, topk)
+        x_TH, routed, chosen, w = v.spread(x_TH, routed, chosen, w)
+        travelling = v.dispatch(routed, chosen)
+        shared = v.shared(x_TH, w, chosen)
+        rows, trip = travelling.wait()
         routed = v.experts(rows, trip, w)
         routed = v.row_norm(routed, w)
         routed = v.combine(routed, trip, w)

@@ -32,6 +32,7 @@ def plans(draw: st.DrawFn) -> list[Plan]:
     spec = draw(specs())
     layout = draw(st.just(Layout()) | layouts(spec.num_experts))
     weights, options = make_weights(spec, draw(SEEDS), storage=draw(STORAGES)), draw(options_for(layout))
+    options = options.replace(grad=draw(st.sampled_from([None, True])))
     if layout.world == 1:
         return [MoERunner(spec, weights, options=options).plan]
     return simulate(layout, lambda bound: MoERunner(spec, weights, bound, options).plan)
@@ -50,9 +51,13 @@ def test_every_step_every_reason_and_every_collective_is_told(all_plans):
         assert not step.reason or f"because {step.reason}" in text
         assert all(f"not {kernel}: {reason}" in text for kernel, reason in step.refused)
     assert lines[0].startswith(f"plan {plan.fingerprint}: {plan.dtype} on {plan.device}")
-    assert lines[-1].startswith("collectives: ")
-    assert lines[-1].count(" over ") == len(plan.collectives)
-    assert ("none" in lines[-1]) == (not plan.collectives)
+    told = {line.split(":")[0]: line for line in lines[1 + len(numbered) :] if not line.startswith(" ")}
+    assert told["collectives"].count(" over ") == len(plan.collectives)
+    assert ("none" in told["collectives"]) == (not plan.collectives)
+    assert told.get("before them, counts of rows", "").count(" over ") == len(plan.counts)
+    assert ("backward" in told) == bool(plan.options.grad)
+    assert told.get("backward", "").count(" over ") == len(plan.backward_collectives) * bool(plan.options.grad)
+    assert data["overlaps"] == [s.verb for s in plan.steps if "runs while the routed tokens travel" in s.reason]
     assert json.loads(json.dumps(data)) == data
     assert [row["verb"] for row in data["steps"]] == [s.verb for s in plan.steps]
     assert [(c["kind"], tuple(c["axes"])) for c in data["collectives"]] == list(plan.collectives)

@@ -20,7 +20,6 @@ from moerunner import (
     ExpertsSpec,
     GroupSpec,
     LayerWeights,
-    Layout,
     Linear,
     MoERunner,
     MoESpec,
@@ -35,7 +34,6 @@ from moerunner import (
 )
 from moerunner.experts import eager, grouped_mm, registry
 from moerunner.ops.reference import reference_route
-from moerunner.parallel.comm import simulate
 
 NORM = TransformSpec((Linear(in_features=8, out_features=8), RMSNorm(features=8)))
 
@@ -143,17 +141,6 @@ def test_a_backend_without_backward_is_refused_under_grad() -> None:
             named(x)
     finally:
         registry.unregister("forward_only")
-
-
-def test_gradients_on_several_ranks_are_refused() -> None:
-    spec = SPECS["plain"]
-    weights = {n: torch.randn(s) for n, s in spec.weight_shapes().items()}
-
-    def rank_main(bound: Any) -> None:
-        with torch.enable_grad(), pytest.raises(UnsupportedError, match="gradients are given on one rank only"):
-            MoERunner(spec, weights, bound)(torch.randn(2, 8, requires_grad=True))
-
-    simulate(Layout(tp=2), rank_main)
 
 
 def test_the_router_learns_through_the_weights_it_gives() -> None:

@@ -100,6 +100,9 @@ def test_gradients_pass_the_valid_slots_only(problem, poisoned):
         assert real == 0
         return
     grad_y, grad_w = torch.autograd.grad(total, (y, w), out, allow_unused=True)
+    if grad_w is None:
+        assert real == 0
+        grad_w = torch.zeros_like(w)
     wanted_y = torch.zeros_like(base)
     wanted_w = torch.zeros_like(base_w)
     for row, slot in enumerate(order.slot_R.tolist()[:real]):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     BACKENDS,
+    EXPERTS,
     HIDDEN,
     LAYOUTS,
     NARROW,
@@ -41,11 +42,12 @@ from moerunner import (
     RoutingSpec,
     SharedSpec,
     TransformSpec,
-    UnsupportedError,
 )
 from moerunner.experts import eager
 from moerunner.ops.reference import reference, reference_route
+from moerunner.parallel import alltoall
 from moerunner.parallel.comm import simulate
+from moerunner.parallel.pairs import SlotMap
 from moerunner.plan import Step, resolve
 from moerunner.values import LayerWeights, Partial, Replicate, Shard, TopK
 
@@ -364,6 +366,54 @@ def test_B12_experts_placed_by_hand_change_nothing():
         check(spec, make_weights(spec), tokens(13), layout=layout)
 
 
+@pytest.mark.parametrize("layout", [Layout(ep=2, tokens="sharded"), Layout(ep=2, tp=2, tokens="sharded")], ids=str)
+def test_B13_shared_experts_run_while_tokens_travel_and_nothing_else_is_issued(layout):
+    spec = make_spec(factor=2.5, on_output=True, shared=GATED)
+    weights = make_weights(spec)
+
+    def main(bound):
+        comm, events = bound.comm, []
+        issue = comm._all_to_all
+
+        def all_to_all(*given):
+            wait = issue(*given)
+            events.append("start")
+            return lambda: (events.append("wait"), wait())[1]
+
+        comm._all_to_all = all_to_all
+        runner = MoERunner(spec, weights, bound, Options(dispatch="alltoall"))
+        runner(tokens(0)[:0])
+        events.clear()
+        verbs = next(iter(runner._verbs.values()))
+        shared = verbs._shared
+        verbs._shared = lambda *given: (events.append(f"shared after {len(comm.log)}"), shared(*given))[1]
+        verbs._shared.spec = shared.spec
+        comm.log.clear()
+        y = runner(tokens(3))
+        assert runner.plan.step("shared").overlaps
+        assert "runs while the routed tokens travel" in runner.explain()
+        return events, y
+
+    issued = 1 + (layout.tp > 1)
+    for events, y in simulate(layout, main):
+        assert events == ["start", f"shared after {issued}", "wait", "start", "wait"]
+        assert_close(y, reference(spec, LayerWeights.of(spec, weights), tokens(3)))
+
+
+def test_B14_what_travels_is_not_the_callers_tokens():
+    topk = TopK(torch.tensor([[0, 5], [1, 6]]), torch.ones(2, 2))
+
+    def main(bound):
+        x = torch.ones(2, HIDDEN)
+        slots = SlotMap(bound.layout, EXPERTS)
+        travelling = alltoall.dispatch(x, topk, slots, bound.comm, dtype=torch.float32)
+        x.fill_(float("nan"))
+        return travelling.wait()[0]
+
+    for rows in simulate(Layout(ep=2, tokens="sharded"), main):
+        assert torch.equal(rows, torch.ones(4, HIDDEN))
+
+
 @pytest.mark.parametrize("shared", ["sharded", "replicated"])
 @pytest.mark.parametrize("layout", ["tp2", "ep2", "ep2 tp2"])
 def test_B15_what_each_rank_gives_to_the_callers_reduction_adds_up_once(layout, shared):
@@ -405,14 +455,24 @@ def test_B16_nor_is_it_lost_before_a_norm_of_each_row():
         check(spec, weights, tokens(13), layout=LAYOUTS[layout])
 
 
-def test_B17_gradients_over_ranks_are_refused_and_not_halved():
-    spec = make_spec(shared=SHARED)
-    weights = make_weights(spec)
-    with pytest.raises(UnsupportedError, match="one rank only"):
-        plan_of(Layout(tp=2), Options(grad=True))
-    x = tokens().requires_grad_()
-    with torch.enable_grad(), pytest.raises(UnsupportedError, match="one rank only"):
-        on_ranks(spec, weights, x, layout=Layout(tp=2))
+@pytest.mark.parametrize("layout", ["tp2", "ep2", "ep2 tp2", "ep2 tp2, whole shared"])
+@pytest.mark.parametrize("shared", [None, GATED], ids=["alone", "shared"])
+def test_B17_every_rank_has_the_whole_gradient_of_the_router_and_the_tokens(shared, layout):
+    spec = make_spec(factor=2.5, on_output=True, shared=shared, output_bias=True, **LATENT)
+    weights, x, given = make_weights(spec), tokens(), torch.linspace(-1, 1, 7 * HIDDEN).view(7, HIDDEN)
+
+    def trained(layer):
+        leaves = {n: t.double().requires_grad_() for n, t in {"x": x, **weights}.items()}
+        with torch.enable_grad():
+            layer({n: leaves[n] for n in weights})(leaves["x"]).backward(given.double())
+        return {n: leaf.grad for n, leaf in leaves.items()}
+
+    alone = trained(lambda w: MoERunner(spec, w))
+    whole = [n for n in alone if n not in ("w13", "w2") and not (n.startswith("shared_w") and LAYOUTS[layout].shards_shared)]
+    assert {"x", "gate", "output_bias"} <= set(whole)
+    for got in simulate(LAYOUTS[layout], lambda bound: trained(lambda w: MoERunner(spec, w, bound))):
+        for name in {*whole} - {"shared_b13"}:
+            assert_close(got[name], alone[name], 1e-12)
 
 
 def gradients(run, spec, weights, x):

@@ -28,6 +28,32 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in SPEC.weight_shapes().items()}
 
 
+def rows_of(layout: Layout, counts: list[int], seed: int) -> list[torch.Tensor]:
+    """Tokens of each rank: its own, or those of its copy."""
+    of = [r if layout.tokens == "sharded" else r // (layout.ep * layout.tp) for r in range(layout.world)]
+    generators = [torch.Generator().manual_seed(seed + i) for i in of]
+    return [torch.randn(n, SPEC.hidden_size, generator=g) for n, g in zip(counts, generators, strict=True)]
+
+
+def gradients_of(layout: Layout, options: Options, counts: list[int], seed: int) -> Any:
+    """Two training steps: the gradients of the second, of tokens and parameters, and what was issued and planned."""
+    bound = layout.bind()
+    runner = MoERunner(SPEC, {n: torch.nn.Parameter(t) for n, t in weights(seed).items()}, bound, options)
+    x = rows_of(layout, counts, seed)[bound.comm.rank].requires_grad_()
+    out = x.detach()
+    if options.output == "shard" and layout.tokens == "replicated":
+        out = out.split(layout.token_counts(len(out)))[bound.comm.index(("ep", "tp"))]
+    for _ in range(2):
+        runner.zero_grad()
+        x.grad = None
+        bound.comm.log.clear()
+        (runner(x) * out).sum().backward()
+    plan = next(v.plan for (_, _, grad), v in runner._verbs.items() if grad)
+    grads = {n: p.grad.numpy() for n, p in runner.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return x.grad.numpy(), grads, list(bound.comm.log), [*plan.collectives, *plan.backward_collectives]
+
+
 def rank_main(
     rank: int, port: int, layout: Layout, options: Options, seed: int, rows: list[torch.Tensor], results: Any
 ) -> None:

@@ -47,7 +47,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
             x_RH = (x_RH * weights_R[start:stop, None].to(x_RH.dtype)).to(x_TH.dtype)
         rows.append(_expert(x_RH, e, weights, call))
         start = stop
-    y_RH = torch.cat(rows) if rows else linear(x_TH.new_zeros(0, weights.w2.shape[2]), weights.w2[0])
+    y_RH = torch.cat(rows) if rows else _expert(x_TH[:0], 0, weights, call)  # no row, but gradients of zero
     if call.output == "rows":
         return rows_by_slot(y_RH, order)
     return weighted_sum(y_RH, None if call.input_weighting else topk.weights, order)
@@ -56,9 +56,9 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
 def _one_token(x_1H: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
     """One token needs no sort: its experts in slot order, and one product with its weights."""
     slots = [(k, e) for k, e in enumerate(topk.ids[0].tolist()) if e >= 0]
-    w_K = topk.weights[0] if len(slots) == topk.ids.shape[1] else topk.weights[0, [k for k, _ in slots]]
     if not slots:
-        return wide(x_1H.new_zeros(1, weights.w2.shape[1]))
+        return wide(_expert(x_1H[:0], 0, weights, call)).sum(0, keepdim=True)
+    w_K = topk.weights[0] if len(slots) == topk.ids.shape[1] else topk.weights[0, [k for k, _ in slots]]
     if call.input_weighting:
         rows = [_expert((x_1H * w.to(x_1H.dtype)), e, weights, call) for w, (_, e) in zip(w_K, slots, strict=True)]
         return wide(torch.cat(rows)).sum(0, keepdim=True)

@@ -50,7 +50,7 @@ def take_rows(x_NH: Tensor, index: Tensor) -> Tensor:
 def rows_by_slot(y_RH: Tensor, order: Order) -> Tensor:
     """[T, K, H]: the experts' rows in slot order; slots without an expert are zero whatever their row holds."""
     if not y_RH.shape[0]:
-        return y_RH.new_zeros(*order.row_TK.shape, y_RH.shape[1])
+        return y_RH.new_zeros(*order.row_TK.shape, y_RH.shape[1]) + y_RH.sum(0)  # zeros that depend on the experts
     rows = take_rows(y_RH, order.row_TK.clamp(max=y_RH.shape[0] - 1))
     return torch.where(order.valid_TK.unsqueeze(-1), rows, 0)
 
@@ -61,7 +61,7 @@ def weighted_sum(y_RH: Tensor, weights_TK: Tensor | None, order: Order) -> Tenso
     A slot without an expert is left out by select, row and weight alike, so that no NaN in it reaches the sum or a gradient.
     """
     if not y_RH.shape[0]:
-        return wide(y_RH.new_zeros(order.row_TK.shape[0], y_RH.shape[1]))
+        return wide(y_RH.new_zeros(order.row_TK.shape[0], y_RH.shape[1]) + y_RH.sum(0))
     row_TK, valid_TK = order.row_TK.clamp(max=y_RH.shape[0] - 1), order.valid_TK
     step = max(1, _CHUNK // (row_TK.shape[1] * y_RH.shape[1]))
     parts = []

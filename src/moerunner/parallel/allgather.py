@@ -12,20 +12,18 @@ from torch import Tensor
 
 from moerunner.ops.permute import sum_slots
 from moerunner.parallel.comm import Comm
-from moerunner.parallel.pairs import PairInfo, SlotMap, Trip, pack, unpack
+from moerunner.parallel.pairs import PairInfo, SlotMap, Trip, gather_tokens
+from moerunner.parallel.rows import Work
 from moerunner.values import TopK
 
 INFO = PairInfo(name="allgather", tokens="sharded", reduces=True, experts_return="any")
 
 
-def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm) -> tuple[Tensor, Trip]:
+def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm, *, dtype: torch.dtype) -> Work[tuple[Tensor, Trip]]:
     """Everyone's tokens, in rank order."""
-    physical = slots.physical(topk)
-    packed, counts = comm.all_gather(pack(x_TH, physical, topk.weights), comm.layout.split_axes)
-    x, ids, weights = unpack(packed, x_TH, topk.weights)
-    local = slots.local(ids, comm.coordinates["ep"])
-    gathered = dataclasses.replace(topk, ids=local, weights=weights, space="physical", shared_weights=None)
-    return x, Trip(gathered, counts=tuple(counts))
+    x, topk, counts = gather_tokens(x_TH, topk, slots.physical(topk), comm, comm.layout.split_axes, dtype)
+    here = dataclasses.replace(topk, ids=slots.local(topk.ids, comm.coordinates["ep"]))
+    return Work(lambda: (x, Trip(here, counts=counts)))
 
 
 def combine(y: Tensor, trip: Trip, comm: Comm, *, weigh: bool, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,40 +16,107 @@ from torch import Tensor
 
 from moerunner.errors import DistributedError, UnsupportedError
 from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.parallel.rows import Work, differentiable, pack, unpack
 from moerunner.values import AXES
 
 R = TypeVar("R")
 
 
 class Comm(ABC):
-    """One rank's view. `axes` name the axes that a collective runs over; rows are dimension 0 everywhere."""
+    """One rank's view. `axes` name the axes that a collective runs over; rows are dimension 0 everywhere.
+
+    Every collective has a backward. A value that is whole on several ranks has the same, complete gradient on each of them,
+    and so does every part of a sum: a caller who is given the sum on every rank passes its gradient on every rank.
+    """
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout, self.rank = layout, rank
         self.coordinates = layout.coordinates(rank)
         self.log: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=1024)
+        self.counted: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=1024)
 
     def all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
-        """The sum over the group, on every rank."""
-        self.log.append(("all_reduce", axes))
-        return self._all_reduce(x, axes)
+        """The sum over the group, on every rank. Backward: the gradient of the sum is that of each part."""
+        return differentiable(lambda x: (self._issue_all_reduce(x, axes),), lambda g: (g,), x)[0]
 
-    def all_gather(self, x: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, list[int]]:
-        """All ranks' rows in rank order, and how many each had; the counts may differ."""
-        counts = self._counts(x.shape[0], axes)
-        self.log.append(("all_gather", axes))
-        return self._all_gather(x, counts, axes), counts
+    def fan_out(
+        self, values: Sequence[Tensor], axes: tuple[str, ...], *, travels: Sequence[torch.dtype], counts: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """The values, whole on every rank, where each rank begins its part of a sum.
+
+        Backward: their gradients are parts of a sum too and are added up over the group, each in its `travels`; a rank
+        whose `counts` is false has what another one has and adds nothing. Values of one dtype share a collective.
+        """
+
+        def back(*gradients: Tensor) -> tuple[Tensor, ...]:
+            flat = [(g if own else torch.zeros_like(g)).reshape(1, -1) for g, own in zip(gradients, counts, strict=True)]
+            if axes:
+                flat = _together(flat, travels, lambda g: self._issue_all_reduce(g, axes))
+            return tuple(part.reshape(g.shape) for part, g in zip(flat, gradients, strict=True))
+
+        return differentiable(lambda *values: tuple(v.view_as(v) for v in values), back, *values)
+
+    def once(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """A value that is whole on every rank as parts of a sum: x on coordinate 0 of the axes, zeros elsewhere.
+
+        Backward: x is the sum, whose gradient every rank has.
+        """
+        here = all(self.coordinates[a] == 0 for a in axes)
+        return differentiable(lambda x: (x.view_as(x) if here else torch.zeros_like(x),), lambda g: (g,), x)[0]
+
+    def own_rows(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        """This rank's `counts[i]` rows of a value that is whole on every rank. Backward: all ranks' rows are gathered."""
+        here = self.index(axes)
+        return differentiable(
+            lambda x: (x.split(counts)[here].clone(),), lambda g: (self._issue_all_gather(g, counts, axes),), x
+        )[0]
+
+    def all_gather(
+        self, rows: Sequence[Tensor], axes: tuple[str, ...], travels: Sequence[torch.dtype]
+    ) -> tuple[tuple[Tensor, ...], list[int]]:
+        """All ranks' rows in rank order, and how many each had; the counts may differ.
+
+        rows: tensors [R, n] of any dtypes, which travel together as bytes. Backward: a reduce-scatter, the gradient of each
+        floating tensor in its `travels`, one collective for all of one dtype.
+        """
+        counts = self._issue_gather_counts(rows[0].shape[0], rows[0].device, axes)
+
+        def there(*rows: Tensor) -> tuple[Tensor, ...]:
+            return unpack(self._issue_all_gather(pack(rows), counts, axes), rows)
+
+        def back(*gradients: Tensor) -> tuple[Tensor, ...]:
+            return _together(gradients, travels, lambda g: self._issue_reduce_scatter(g, counts, axes))
+
+        return differentiable(there, back, *rows), counts
 
     def reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
-        """The sum over the group, of which this rank gets its `counts[i]` rows."""
-        self.log.append(("reduce_scatter", axes))
-        return self._reduce_scatter(x, counts, axes)
+        """The sum over the group, of which this rank gets its `counts[i]` rows. Backward: all ranks' rows are gathered."""
+        return differentiable(
+            lambda x: (self._issue_reduce_scatter(x, counts, axes),), lambda g: (self._issue_all_gather(g, counts, axes),), x
+        )[0]
 
-    def all_to_all(self, x: Tensor, send: list[int], axes: tuple[str, ...]) -> tuple[Tensor, list[int]]:
-        """Sends `send[i]` rows to rank i of the group; returns what came, in rank order, and how many from each."""
-        received = self._exchange_counts(send, axes)
-        self.log.append(("all_to_all", axes))
-        return self._all_to_all(x, send, received, axes), received
+    def all_to_all(
+        self, rows: Sequence[Tensor], send: list[int], axes: tuple[str, ...], receive: list[int] | None = None
+    ) -> Work[tuple[tuple[Tensor, ...], list[int]]]:
+        """Starts to send `send[i]` rows to rank i of the group; what came, in rank order, and how many from each.
+
+        rows: tensors [R, n] of any dtypes, which travel together as bytes. What is computed until `wait` runs while they
+        travel. receive: how many come from each, where that is known. Backward: the gradients go the other way.
+        """
+        if receive is None:
+            self.counted.append(("all_to_all", axes))
+            receive = self._all_to_all_counts(send, rows[0].device, axes)
+        received = receive
+        with torch.no_grad():
+            arrive = self._issue_all_to_all(pack(rows), send, received, axes)
+
+        def there(*rows: Tensor) -> tuple[Tensor, ...]:
+            return unpack(arrive(), rows)
+
+        def back(*gradients: Tensor) -> tuple[Tensor, ...]:
+            return unpack(self._issue_all_to_all(pack(gradients), received, send, axes)(), gradients)
+
+        return Work(lambda: (differentiable(there, back, *rows), received))
 
     def same(self, text: str) -> None:
         """Raises a `DistributedError` on every rank unless all ranks pass the same text."""
@@ -66,15 +133,34 @@ class Comm(ABC):
         """This rank's place in the group over these axes."""
         return self.layout.group(self.rank, axes).index(self.rank)
 
-    def _counts(self, rows: int, axes: tuple[str, ...]) -> list[int]:
-        return self._gather_objects(rows, axes)
+    def _issue_gather_counts(self, rows: int, device: torch.device, axes: tuple[str, ...]) -> list[int]:
+        self.counted.append(("all_gather", axes))
+        return self._gather_counts(rows, device, axes)
 
-    def _exchange_counts(self, send: list[int], axes: tuple[str, ...]) -> list[int]:
-        here = self.index(axes)
-        return [counts[here] for counts in self._gather_objects(send, axes)]
+    def _issue_all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
+        self.log.append(("all_reduce", axes))
+        return self._all_reduce(x, axes)
+
+    def _issue_all_gather(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        self.log.append(("all_gather", axes))
+        return self._all_gather(x, counts, axes)
+
+    def _issue_reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
+        self.log.append(("reduce_scatter", axes))
+        return self._reduce_scatter(x, counts, axes)
+
+    def _issue_all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Callable[[], Tensor]:
+        self.log.append(("all_to_all", axes))
+        return self._all_to_all(x, send, received, axes)
 
     @abstractmethod
     def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]: ...
+
+    @abstractmethod
+    def _gather_counts(self, rows: int, device: torch.device, axes: tuple[str, ...]) -> list[int]: ...
+
+    @abstractmethod
+    def _all_to_all_counts(self, send: list[int], device: torch.device, axes: tuple[str, ...]) -> list[int]: ...
 
     @abstractmethod
     def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor: ...
@@ -86,11 +172,32 @@ class Comm(ABC):
     def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor: ...
 
     @abstractmethod
-    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor: ...
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Callable[[], Tensor]:
+        """Starts it; the function that is returned waits and gives what came."""
+
+
+def _together(
+    gradients: Sequence[Tensor], travels: Sequence[torch.dtype], move: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """Each gradient [R, n] moved in its dtype, those of one dtype side by side in one collective."""
+    moved: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(travels):
+        own = [i for i, d in enumerate(travels) if d == dtype]
+        sums = move(torch.cat([gradients[i].to(dtype) for i in own], dim=1))
+        parts = sums.split([gradients[i].shape[1] for i in own], dim=1)
+        moved |= {i: part.to(gradients[i].dtype) for i, part in zip(own, parts, strict=True)}
+    return tuple(moved[i] for i in range(len(gradients)))
 
 
 class GatherComm(Comm):
     """Collectives made of one primitive: every rank of the group learns what every other passed."""
+
+    def _gather_counts(self, rows: int, device: torch.device, axes: tuple[str, ...]) -> list[int]:
+        return self._gather_objects(rows, axes)
+
+    def _all_to_all_counts(self, send: list[int], device: torch.device, axes: tuple[str, ...]) -> list[int]:
+        here = self.index(axes)
+        return [counts[here] for counts in self._gather_objects(send, axes)]
 
     def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
         parts = self._gather_objects(x, axes)
@@ -105,10 +212,11 @@ class GatherComm(Comm):
     def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
         return self._all_reduce(x, axes).split(counts)[self.index(axes)]
 
-    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor:
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Callable[[], Tensor]:
         here = self.index(axes)
         parts = self._gather_objects((x, send), axes)
-        return torch.cat([rows.split(counts)[here] for rows, counts in parts])
+        came = torch.cat([rows.split(counts)[here] for rows, counts in parts])
+        return lambda: came
 
 
 class LocalComm(GatherComm):
@@ -163,7 +271,9 @@ def simulate(layout: Layout, rank_main: Callable[[BoundLayout], R]) -> list[R]:
 
     def main(rank: int) -> None:
         try:
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+            # A GPU's backward runs on a thread that all ranks would share, each waiting for the others: here it stays here.
+            own_thread = torch.autograd.set_multithreading_enabled(False)
+            with own_thread, torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
                 results[rank] = rank_main(BoundLayout(layout, SimulatedComm(layout, rank, board, barrier)))
         except threading.BrokenBarrierError:
             pass
@@ -215,6 +325,18 @@ class TorchComm(Comm):
         self._dist.all_gather_object(out, item, group=self._groups[axes])
         return out
 
+    def _gather_counts(self, rows: int, device: torch.device, axes: tuple[str, ...]) -> list[int]:
+        group = self._groups[axes]
+        counts = torch.empty(self._dist.get_world_size(group), dtype=torch.int64, device=device)
+        self._dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device), group=group)
+        return counts.tolist()
+
+    def _all_to_all_counts(self, send: list[int], device: torch.device, axes: tuple[str, ...]) -> list[int]:
+        counts = torch.tensor(send, device=device)
+        received = torch.empty_like(counts)
+        self._dist.all_to_all_single(received, counts, group=self._groups[axes])
+        return received.tolist()
+
     def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
         out = x.contiguous().clone()
         self._dist.all_reduce(out, group=self._groups[axes])
@@ -234,7 +356,13 @@ class TorchComm(Comm):
         self._dist.reduce_scatter_tensor(out, torch.cat(parts).contiguous(), group=self._groups[axes])
         return out[: counts[here]]
 
-    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Tensor:
+    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Callable[[], Tensor]:
         out = x.new_empty(sum(received), *x.shape[1:])
-        self._dist.all_to_all_single(out, x.contiguous(), received, send, group=self._groups[axes])
-        return out
+        work = self._dist.all_to_all_single(out, x.contiguous(), received, send, group=self._groups[axes], async_op=True)
+
+        def wait() -> Tensor:
+            assert work is not None
+            work.wait()
+            return out
+
+        return wait

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from torch import Tensor, nn
+
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import SlotMap
 from moerunner.spec import MoESpec
@@ -14,7 +16,10 @@ Shape = tuple[int, ...]
 
 
 def local_part(w: LayerWeights, spec: MoESpec, comm: Comm, slots: SlotMap) -> LayerWeights:
-    """This rank's experts, its slice of their width, and its slice of the shared experts; the rest is whole."""
+    """This rank's experts, its slice of their width, and its slice of the shared experts; the rest is whole.
+
+    The part of a parameter is a parameter of its own, which this rank trains; other tensors are cut differentiably.
+    """
     layout, tp_rank = comm.layout, comm.coordinates["tp"]
     if not layout.split_axes and slots.plain:
         return w
@@ -24,7 +29,15 @@ def local_part(w: LayerWeights, spec: MoESpec, comm: Comm, slots: SlotMap) -> La
     for name, runs in _kept_of_shared(spec, {name: tuple(t.shape) for name, t in tensors.items()}, comm).items():
         for dim, places in runs.items():
             tensors[name] = take(tensors[name], dim, places)
-    return dataclasses.replace(w, experts=experts, tensors=tensors)
+    whole: dict[str, Tensor] = {}
+    w.map(lambda name, tensor: whole.setdefault(name, tensor))
+    return dataclasses.replace(w, experts=experts, tensors=tensors).map(lambda name, part: _trained(whole[name], part))
+
+
+def _trained(whole: Tensor, part: Tensor) -> Tensor:
+    if part is whole or not isinstance(whole, nn.Parameter):
+        return part
+    return nn.Parameter(part.detach(), requires_grad=whole.requires_grad)
 
 
 def kept(spec: MoESpec, shapes: Mapping[str, Shape], gate_up: GateUp, comm: Comm, slots: SlotMap) -> dict[str, dict[int, Runs]]:

@@ -10,17 +10,17 @@ from torch import Tensor
 from moerunner.ops.permute import sum_slots
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import PairInfo, SlotMap, Trip
+from moerunner.parallel.rows import Work
 from moerunner.values import TopK
 
 INFO = PairInfo(name="local", tokens="replicated", reduces=False, experts_return="any")
 
 
-def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm) -> tuple[Tensor, Trip]:
+def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm, *, dtype: torch.dtype) -> Work[tuple[Tensor, Trip]]:
     """The tokens as they are; ids of other ranks' experts become -1."""
-    if slots.whole:
-        return x_TH, Trip(topk)
-    ids = slots.local(slots.physical(topk), comm.coordinates["ep"])
-    return x_TH, Trip(dataclasses.replace(topk, ids=ids, space="physical"))
+    if not slots.whole:
+        topk = dataclasses.replace(topk, ids=slots.local(slots.physical(topk), comm.coordinates["ep"]), space="physical")
+    return Work(lambda: (x_TH, Trip(topk)))
 
 
 def combine(y: Tensor, trip: Trip, comm: Comm, *, weigh: bool, dtype: torch.dtype) -> Tensor:

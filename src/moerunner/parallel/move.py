@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moerunner.parallel.comm import Comm
-from moerunner.parallel.pairs import SlotMap, reinterpreted
+from moerunner.parallel.pairs import SlotMap
+from moerunner.parallel.rows import reinterpreted
 from moerunner.values import ExpertWeights, LayerWeights
 
 
@@ -89,7 +90,7 @@ def _move(
             filled[slot] = rows[before]
         packed = rows[torch.tensor(sent, dtype=torch.int64, device=rows.device)]
         packed = packed.reshape(len(sent), math.prod(rows.shape[1:]))
-        received, _ = comm.all_to_all(reinterpreted(packed, torch.uint8), counts, ("ep",))
+        (received,), _ = comm.all_to_all((reinterpreted(packed, torch.uint8),), counts, ("ep",)).wait()
         for slot, row in zip(arriving, reinterpreted(received, rows.dtype), strict=True):
             filled[slot] = row.view(rows.shape[1:])
         tensor = filled.movedim(0, entry.expert_dim)

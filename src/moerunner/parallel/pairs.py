@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.layout import Layout
+from moerunner.parallel.rows import Work
 from moerunner.values import TopK
 
 
@@ -45,8 +47,13 @@ class Pair(Protocol):
 
     INFO: PairInfo
 
-    def dispatch(self, x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm) -> tuple[Tensor, Trip]:
-        """The rows that this rank's experts run on, with ids of its own slots (-1: not here)."""
+    def dispatch(
+        self, x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm, *, dtype: torch.dtype
+    ) -> Work[tuple[Tensor, Trip]]:
+        """Starts; then gives the rows that this rank's experts run on, with ids of its own slots (-1: not here).
+
+        Where ranks run experts on the same token, the parts of its gradient travel in `dtype`.
+        """
         ...
 
     def combine(self, y: Tensor, trip: Trip, comm: Comm, *, weigh: bool, dtype: torch.dtype) -> Tensor:
@@ -99,21 +106,11 @@ class SlotMap:
         return torch.where((physical >= 0) & (local >= 0) & (local < self.per_rank), local, -1)
 
 
-def pack(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-    """Tokens, ids and weights as one byte tensor [R, bytes], so that they travel in one collective."""
-    parts = (x_RH, ids_RK.to(torch.int32), weights_RK)
-    return torch.cat([reinterpreted(part, torch.uint8) for part in parts], dim=1)
-
-
-def unpack(packed: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `pack`; x and weights give dtypes and widths."""
-    hidden, k = x.shape[1] * x.element_size(), weights.shape[1]
-    rows, ids, w = packed.split([hidden, 4 * k, weights.element_size() * k], dim=1)
-    return reinterpreted(rows, x.dtype), reinterpreted(ids, torch.int32).to(torch.int64), reinterpreted(w, weights.dtype)
-
-
-def reinterpreted(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bytes, copied: a slice of few rows may start where PyTorch refuses the view, and without rows any may."""
-    if rows.shape[0]:
-        return rows.clone(memory_format=torch.contiguous_format).view(dtype)
-    return rows.new_empty(0, rows.shape[1] * rows.element_size() // dtype.itemsize, dtype=dtype)
+def gather_tokens(
+    x_TH: Tensor, topk: TopK, physical_TK: Tensor, comm: Comm, axes: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Tensor, TopK, tuple[int, ...]]:
+    """Everyone's tokens with their slots and weights, and how many each rank had; gradients of tokens travel in `dtype`."""
+    rows = (x_TH, topk.weights, physical_TK.to(torch.int32))
+    (x, weights, ids), counts = comm.all_gather(rows, axes, (dtype, topk.weights.dtype))
+    ids = ids.to(torch.int64)
+    return x, dataclasses.replace(topk, ids=ids, weights=weights, space="physical", shared_weights=None), tuple(counts)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moerunner.errors import SpecError
+from moerunner.errors import SpecError, UnsupportedError
 
 Output = Literal["replicate", "partial", "shard"]
 Dispatch = Literal["auto", "allgather", "alltoall"]
@@ -20,7 +20,8 @@ class Options:
     dtype: of the tokens, by name or torch dtype; None takes the experts'. backend: an experts backend, or "auto".
     output: `replicate`: finished rows for the tokens that this rank passed; `partial`: this rank's share of the sum, for a
         caller who reduces it together with values of its own; `shard`: finished rows, this rank's part of the tokens.
-    reduce_dtype: what partial sums travel in; None: the tokens' dtype, float32 for float16.
+    reduce_dtype: what partial sums travel in, of the output and of the tokens' gradients; None: the tokens' dtype, float32 for
+        float16.
     grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
     capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts.
@@ -54,9 +55,16 @@ class Options:
             if not isinstance(value, bool) and not (name == "grad" and value is None):
                 raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")
         for name, kind in (("output", Output), ("dispatch", Dispatch)):
+            if name == "dispatch" and self.dispatch == "deepep":
+                next_step = "Use 'alltoall', which sends the same rows through torch.distributed"
+                raise UnsupportedError("has no adapter for DeepEP's kernels", where="Options.dispatch", next_step=next_step)
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise SpecError(f"must be one of {allowed}, not {getattr(self, name)!r}", where=f"Options.{name}")
+
+    def travels(self, dtype: str) -> str:
+        """What partial sums of tokens of this dtype travel in."""
+        return self.reduce_dtype or ("float32" if dtype == "float16" else dtype)
 
     def replace(self, **changes: Any) -> Options:
         return dataclasses.replace(self, **changes)

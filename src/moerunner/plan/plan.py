@@ -12,8 +12,10 @@ from typing import Any
 from moerunner.parallel.layout import Layout
 from moerunner.plan.options import Options
 from moerunner.plan.steps import States, Step, check_complete, check_end, check_places, flow, start_states
-from moerunner.spec import MoESpec
+from moerunner.spec import Linear, MoESpec
 from moerunner.values import AXES, Replicate, ValueState
+
+Collective = tuple[str, tuple[str, ...]]
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -68,12 +70,71 @@ class Plan:
         return found.kernel if found is not None else ""
 
     @property
-    def collectives(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Every collective that one forward issues on this rank, in order, without the exchange of row counts."""
+    def collectives(self) -> tuple[Collective, ...]:
+        """Every collective of rows that one forward issues on this rank, in order; `counts` stand beside them."""
         return tuple((kind, axes) for kind, axes, _ in self.traffic())
 
+    @property
+    def counts(self) -> tuple[Collective, ...]:
+        """The exchanges of row counts before them: one whole number for each rank of the group."""
+        found = self.step("dispatch")
+        if found is None:
+            return ()
+        gathered: list[Collective] = [("all_gather", found.gathers)] if found.gathers else []
+        return tuple(gathered + ([("all_to_all", ("ep",))] if found.kernel == "alltoall" else []))
+
+    @property
+    def backward_collectives(self) -> tuple[Collective, ...]:
+        """Every collective that one backward issues on this rank, in order, where tokens and routing weights need gradients.
+
+        What is added up over ranks takes a collective for each dtype: that of partial sums for the tokens, the routing's for
+        the rest.
+        """
+        dtypes = {"tokens": self.options.travels(self.dtype), "rest": "float64" if self.dtype == "float64" else "float32"}
+        issued: list[Collective] = []
+        for s in reversed(self.steps):
+            if s.scatter or s.verb == "shard" or (s.verb == "combine" and s.axes):
+                issued.append(("all_gather", s.axes))
+            if s.verb in ("dispatch", "combine") and s.kernel == "alltoall":
+                issued.append(("all_to_all", ("ep",)))
+            if s.verb == "dispatch" and s.gathers:
+                issued += [("reduce_scatter", s.gathers)] * len(set(dtypes.values()))
+            if s.verb == "dispatch":
+                summed = {dtypes["tokens" if part in ("tokens", "routed") else "rest"] for part in self.parts}
+                issued += [("all_reduce", self.layout.split_axes)] * len(summed)
+        return tuple(issued)
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What is whole on ranks that each compute a part of a sum from it, and the axes of that sum.
+
+        Its gradients are parts of a sum too: they are added up, so that every rank has them whole. `tokens` are what the
+        shared experts read, `routed` what the routed ones read; tensors are named as in `MoESpec.weight_shapes`. Tokens that
+        are sharded need nothing here: their gradients take the way back that they came.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        if self.layout.tokens == "sharded":
+            return found
+        for s, after in zip(self.steps, self.states, strict=True):
+            axes = after[s.value].partial_axes if s.value in after else ()
+            if not axes:
+                continue
+            if s.verb == "experts":
+                found["routed"] = axes
+            if s.weighs:
+                found["topk"] = axes
+            if s.verb == "shared" and self.spec.shared is not None:
+                gate = {"router": ["shared_weights"], "sigmoid": ["shared_gate"]}.get(self.spec.shared.gate, [])
+                found |= dict.fromkeys(["tokens", *gate], axes)
+            if s.verb == "row_norm" and self.spec.experts.row_norm is not None and self.spec.experts.row_norm.weight:
+                found["row_norm"] = axes
+            if s.verb in ("output_transform", "final_transform"):
+                ops = self.spec.transforms()[s.verb].ops
+                found |= {f"{s.verb}.{i}.weight": axes for i, op in enumerate(ops) if isinstance(op, Linear)}
+        return found
+
     def bytes_per_token(self) -> float:
-        """Bytes that one rank sends per token of the caller, with ring algorithms and uniform routing."""
+        """Bytes of rows that one rank sends per token of the caller in a forward, with ring algorithms and uniform routing."""
         return sum(sent for _, _, sent in self.traffic())
 
     def traffic(self) -> tuple[tuple[str, tuple[str, ...], float], ...]:
@@ -105,7 +166,8 @@ class Plan:
         """Equal on ranks that issue the same collectives for the same layer; kernels on a rank are its own affair."""
         own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch"}
         steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
-        data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, steps]
+        grad = bool(self.options.grad)
+        data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, grad, steps]
         return hashlib.sha256(json.dumps(data, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +191,10 @@ class Plan:
             "backend": self.backend,
             "fingerprint": self.fingerprint,
             "world": self.layout.world,
-            "collectives": [{"kind": kind, "axes": list(axes)} for kind, axes in self.collectives],
+            "collectives": _listed(self.collectives),
+            "counts": _listed(self.counts),
+            "backward_collectives": _listed(self.backward_collectives) if self.options.grad else None,
+            "overlaps": [s.verb for s in self.steps if s.overlaps],
             "bytes_per_rank_per_token": self.bytes_per_token(),
             "steps": rows,
         }
@@ -146,9 +211,20 @@ class Plan:
             if row["few"]:
                 lines.append(f"       up to {row['few']['tokens']} tokens {row['few']['kernel']} instead")
             lines += [f"       not {refused['kernel']}: {refused['reason']}" for refused in row["refused"]]
-        issued = ", ".join(f"{kind} over {'+'.join(axes)}" for kind, axes in self.collectives) or "none"
-        lines.append(f"collectives: {issued}; {self.bytes_per_token():.0f} bytes sent per rank and token")
+        lines.append(f"collectives: {_named(self.collectives)}; {self.bytes_per_token():.0f} bytes sent per rank and token")
+        if self.counts:
+            lines.append(f"before them, counts of rows: {_named(self.counts)}; 8 bytes for each rank")
+        if self.options.grad:
+            lines.append(f"backward: {_named(self.backward_collectives)}")
         return "\n".join(lines)
+
+
+def _listed(issued: tuple[Collective, ...]) -> list[dict[str, Any]]:
+    return [{"kind": kind, "axes": list(axes)} for kind, axes in issued]
+
+
+def _named(issued: tuple[Collective, ...]) -> str:
+    return ", ".join(f"{kind} over {'+'.join(axes)}" for kind, axes in issued) or "none"
 
 
 def _describe(state: ValueState) -> str:

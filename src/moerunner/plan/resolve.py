@@ -17,7 +17,7 @@ from moerunner.parallel.pairs import PairInfo
 from moerunner.plan.options import Options
 from moerunner.plan.plan import Plan
 from moerunner.plan.steps import Step, flow, start_states
-from moerunner.spec import MoESpec, TransformSpec
+from moerunner.spec import Custom, MoESpec, TransformSpec
 from moerunner.values import Replicate, TensorMeta, ValueState
 
 
@@ -43,8 +43,6 @@ def resolve(
     w2 = weights_meta.get("experts.0.w2")
     if w2 is None or "experts.0.w13" not in weights_meta:
         raise WeightsError("have no experts.0.w13 and experts.0.w2", where="resolve", next_step="Pass LayerWeights.meta()")
-    if options.grad and layout.world > 1:
-        raise UnsupportedError("gradients are given on one rank only", where="resolve", next_step="Use one rank, or no_grad")
     if w2.format != quant.PLAIN and options.dtype is None:
         what = f"experts in the format {w2.format!r} do not say in which dtype the layer computes"
         raise WeightsError(what, where="resolve", next_step="Give Options(dtype=...)")
@@ -72,7 +70,7 @@ class _Builder:
         )
         self.steps: list[Step] = []
         self.finish = partial(Plan, spec, layout, device, dtype, options)
-        self.reduce_dtype = options.reduce_dtype or ("float32" if dtype == "float16" else dtype)
+        self.reduce_dtype = options.travels(dtype)
 
     def add(self, verb: str, **facts: object) -> None:
         self.steps.append(Step(verb=verb, **facts))  # type: ignore[arg-type]
@@ -85,13 +83,17 @@ class _Builder:
     def plan(self) -> Plan:
         spec = self.spec
         self._route()
-        self._shared_and_zero()
+        if spec.zero_experts:
+            own = spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
+            self.add("zero", value="zero", reads="tokens", scales=own)
         if spec.input_transform is not None:
             self._transform("input_transform", spec.input_transform, "routed")
         padded = self.meta["experts.0.w2"].shape[1]
         if padded != spec.routed_hidden_size:
             self.add("pad", width=padded, reason=f"the experts' weights are stored at width {padded}")
         pair = self._dispatch()
+        if spec.shared is not None:
+            self._shared(pair)
         self._experts(pair)
         follows = [spec.output_transform, spec.shared, spec.final_transform, spec.zero_experts, spec.output_bias]
         early = any(bool(f) for f in follows)
@@ -147,15 +149,11 @@ class _Builder:
             return "is not batch invariant"
         return f"holds 1024 experts of which 32 are chosen, not {k} of {experts}" if experts > 1024 or k > 32 else ""
 
-    def _shared_and_zero(self) -> None:
-        spec, layout = self.spec, self.layout
-        if spec.shared is not None:
-            axes = layout.split_axes if layout.shards_shared else ()
-            held = f"a slice of the width over {'+'.join(axes)}" if axes else "whole on every rank"
-            self.add("shared", value="shared", reads="tokens", axes=axes, reason=held)
-        if spec.zero_experts:
-            own = spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
-            self.add("zero", value="zero", reads="tokens", scales=own)
+    def _shared(self, pair: PairInfo) -> None:
+        axes = self.layout.split_axes if self.layout.shards_shared else ()
+        held = f"a slice of the width over {'+'.join(axes)}" if axes else "whole on every rank"
+        held += "; runs while the routed tokens travel" if pair.overlaps else ""
+        self.add("shared", value="shared", reads="tokens", axes=axes, overlaps=pair.overlaps, reason=held)
 
     def _transform(self, verb: str, transform: TransformSpec, value: str) -> None:
         self.add(
@@ -251,8 +249,9 @@ class _Builder:
 
     def _reduce_before(self, transform: TransformSpec, value: str, verb: str) -> None:
         state = self.state(value)
-        if state is not None and state.partial_axes and not transform.linear:
-            why = f"{verb} is not linear"
+        trained = bool(self.options.grad) and any(isinstance(op, Custom) for op in transform.ops)
+        if state is not None and state.partial_axes and (trained or not transform.linear):
+            why = f"{verb} is a module whose gradients would be partial sums" if transform.linear else f"{verb} is not linear"
             self.add("reduce", value=value, axes=state.partial_axes, at=verb, dtype=self.reduce_dtype, reason=why)
 
     def _join(self) -> None:

@@ -20,11 +20,11 @@ States = dict[str, ValueState]
 ORDER = {
     "gate": "topk",
     "route": "topk",
-    "shared": "shared",
     "zero": "zero",
     "input_transform": "routed",
     "pad": "routed",
     "dispatch": "routed",
+    "shared": "shared",
     "experts": "routed",
     "row_norm": "routed",
     "combine": "routed",
@@ -54,7 +54,8 @@ class Step:
     kernel, reason, refused: what runs it, why, and why not the others. few: another up to so many tokens.
     dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
-    scatter: a reduction that leaves each rank its own rows. one_launch: of a route, from logits to weights in one kernel.
+    scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
+    one_launch: of a route, from logits to weights in one kernel.
     """
 
     verb: str
@@ -75,6 +76,7 @@ class Step:
     weighs: bool = False
     sums: bool = False
     scatter: bool = False
+    overlaps: bool = False
     one_launch: bool = False
     dtype: str = ""
 
