@@ -150,7 +150,7 @@ def in_two_copies(folder: str, ids: Tensor) -> tuple[Tensor, list[dict[str, int]
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "tp"))["tp"]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "copies"))["tp"]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = DistributedConfig(tp_size=2)

@@ -66,6 +66,14 @@ def test_shared_experts_that_the_plan_leaves_whole_count_once(saved):
         assert far(answer["after"], expected) <= 1e-5
 
 
+def test_identity_experts_count_once(saved):
+    folder, expected = saved("longcat_flash")
+    for answer in on_ranks(2, plans.before_and_after, folder, TP, IDS):
+        assert (answer["skipped"], answer["layouts"]) == ([], {(1, 2, "replicated")})
+        assert all(issued == {"allreduce": 1} for issued in answer["issued"])
+        assert far(answer["after"], expected) <= 1e-5
+
+
 def test_biases_of_experts_over_ranks(saved):
     folder, expected = saved("gpt_oss")
     for answer in on_ranks(2, plans.before_and_after, folder, EP, IDS):
@@ -106,7 +114,7 @@ def test_a_tensor_that_is_gathered_later_makes_the_block_run_its_own_forward(sav
 
 @pytest.mark.slow
 def test_groups_that_are_a_part_of_all_ranks(saved):
-    """Two copies of the model, each over two of four ranks."""
+    """Two copies of the model, over ranks 0 and 2 and ranks 1 and 3."""
     folder, expected = saved("deepseek_v3")
     for logits, issued in on_ranks(4, plans.in_two_copies, folder, IDS):
         assert far(logits, expected) <= 1e-5

@@ -192,7 +192,8 @@ def _check_tensor(tensor: Any, view: View, held: Held) -> None:
     if not isinstance(tensor, Tensor):
         raise UnsupportedError(f"it has no tensor {view.path}")
     if held.placed is not None:
-        if not held.placed.whole and view.change not in ("", "transposed"):
+        rows = view.change == "leading" and any(getattr(placement, "dim", None) == 0 for placement in held.placed.placements)
+        if rows or (not held.placed.whole and view.change.startswith("reshaped")):
             raise UnsupportedError(f"{view.path} is {held.placed}, and stored {view.change}")
         tensor = torch.empty(tensor.shape, device="meta")  # the whole
     if type(tensor) not in PLAIN:
