@@ -48,7 +48,8 @@ class MoERunner(nn.Module):
         super().__init__()
         self.spec, self.options = spec, options or Options()
         self._comm = comm_of(layout)
-        self._slots = SlotMap(self._comm.layout, spec.num_experts, spec.routing.modalities, spec.zero_experts)
+        counts = (spec.num_experts, spec.routing.modalities, spec.zero_experts)
+        self._slots = SlotMap(self._comm.layout, *counts, self._comm.rank)
         self.loads = LoadCounter(spec.num_experts) if self.options.count_loads else None
         if isinstance(weights, Mapping):
             weights = LayerWeights.of(spec, weights)

@@ -184,6 +184,7 @@ LAYOUTS = [
     Layout(ep=2, tp=2, tokens="sharded"),
     Layout(dp=2, ep=2, tokens="sharded"),
     Layout(ep=4, tokens="sharded", placement="round_robin", redundant=3),
+    Layout(ep=4, tokens="sharded", node=2),
 ]
 
 
@@ -281,6 +282,29 @@ def test_copies_are_used_and_take_turns():
     assert torch.bincount(ids[:, 0] // slots.per_rank).tolist() == [2] * 4
     assert slots.logical(ids).unique().tolist() == [2]
     assert slots.logical(torch.tensor([-1])).tolist() == [-1]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 1), (1, 2)])
+def test_sharded_tokens_stay_on_their_machine_where_it_has_a_copy(dp, tp):
+    rows = placement(LOADS, 4, redundant=4, nodes=2)
+    layout = Layout(dp=dp, ep=4, tp=tp, tokens="sharded", placement=rows, node=2 * tp)
+    for rank in range(layout.world):
+        slots = SlotMap(layout, 8, rank=rank)
+        ids = slots.physical(TopK(torch.arange(8).repeat(6, 1), torch.ones(6, 8)))
+        coordinates, own = ids // slots.per_rank, layout.coordinates(rank)["ep"] // 2
+        assert torch.equal(slots.logical(ids), torch.arange(8).repeat(6, 1))
+        for expert in range(8):
+            everywhere = {i for i, row in enumerate(rows) if expert in row}
+            here = {i for i in everywhere if i // 2 == own}
+            assert set(coordinates[:, expert].tolist()) == (here or everywhere)
+
+
+def test_ranks_with_the_same_tokens_choose_the_same_copies():
+    layout = Layout(ep=4, placement=placement(LOADS, 4, redundant=4, nodes=2), node=2)
+    ids = [SlotMap(layout, 8, rank=r).physical(TopK(torch.arange(8).repeat(6, 1), torch.ones(6, 8))) for r in range(4)]
+    assert all(torch.equal(ids[0], other) for other in ids)
+    with pytest.raises(SpecError, match=r"Layout\.node"):
+        Layout(node=0)
 
 
 def test_layers_share_ranks_but_not_placements():

@@ -63,7 +63,8 @@ def placement(
     Args:
         loads: how often each expert is chosen, [num_experts]; only proportions matter.
         ep: coordinates. redundant: slots for copies; rounded up until every coordinate has equally many.
-        nodes: machines, which hold `ep / nodes` consecutive coordinates each.
+        nodes: machines, which hold `ep / nodes` consecutive coordinates each. `Layout.node` sends tokens to copies on their
+            own machine.
         sets: equal, consecutive sets of experts (text and vision, say), each spread by itself.
 
     Returns:

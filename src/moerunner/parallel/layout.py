@@ -27,6 +27,8 @@ class Layout:
     placement: experts to ep coordinates: None or `linear` in order, `round_robin`, or one tuple of experts per coordinate.
     redundant: slots for second copies of experts (the first ones), whose tokens are then shared out.
     timeout: seconds that a collective may take.
+    node: consecutive ranks on one machine; where tokens are sharded, they go to copies of an expert on their own machine, if
+        there are any. None: all copies take turns.
     """
 
     dp: int = 1
@@ -37,6 +39,7 @@ class Layout:
     placement: Placement | None = None
     redundant: int = 0
     timeout: float = 120.0
+    node: int | None = None
 
     def __post_init__(self) -> None:
         for name in AXES:
@@ -51,6 +54,8 @@ class Layout:
             raise SpecError(f"must be a whole number of at least 0, not {self.redundant!r}", where="Layout.redundant")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
             raise SpecError(f"must be above 0 seconds, not {self.timeout!r}", where="Layout.timeout")
+        if self.node is not None and (isinstance(self.node, bool) or not isinstance(self.node, int) or self.node < 1):
+            raise SpecError(f"must be None or a whole number of at least 1, not {self.node!r}", where="Layout.node")
         if self.placement not in (None, "linear", "round_robin") and not _explicit(self.placement):
             what = f"must be 'linear', 'round_robin' or a tuple of experts for each rank, not {self.placement!r}"
             raise SpecError(what, where="Layout.placement")
@@ -84,6 +89,13 @@ class Layout:
         here = self.coordinates(rank)
         ranges = [range(getattr(self, a)) if a in axes else [here[a]] for a in AXES]
         return [(d * self.ep + e) * self.tp + t for d, e, t in itertools.product(*ranges)]
+
+    def near(self, rank: int) -> tuple[int, ...]:
+        """The ep coordinates whose copies of experts serve this rank's tokens first."""
+        if self.node is None or self.tokens == "replicated":  # ranks with the same tokens must agree on a copy
+            return ()
+        group = self.group(rank, ("ep",))
+        return tuple(i for i, other in enumerate(group) if other // self.node == rank // self.node)
 
     def slots(self, num_experts: int, sets: int = 1) -> tuple[tuple[int, ...], ...]:
         """The experts that each ep coordinate holds, by slot; -1 is an empty slot, so that all hold equally many of each set.

@@ -31,7 +31,7 @@ def rebalanced(
         SpecError: the placement does not fit. DistributedError: ranks were given different ones.
     """
     layout = dataclasses.replace(comm.layout, placement=placement, redundant=0)
-    after = SlotMap(layout, slots.num_experts, len(w.experts), slots.zero_experts)
+    after = SlotMap(layout, slots.num_experts, len(w.experts), slots.zero_experts, comm.rank)
     comm.same(f"rebalance to {placement}")
     moved = copy.copy(comm)  # other layers may use this one, with a placement of their own
     moved.layout = layout

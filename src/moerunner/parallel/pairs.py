@@ -65,9 +65,12 @@ class Pair(Protocol):
 
 
 class SlotMap:
-    """Which physical slot (ep coordinate * slots per rank + slot) serves a logical expert; made once per layer."""
+    """Which physical slot (ep coordinate * slots per rank + slot) serves a logical expert; made once per layer.
 
-    def __init__(self, layout: Layout, num_experts: int, sets: int = 1, zero_experts: int = 0) -> None:
+    rank: whose tokens it is for.
+    """
+
+    def __init__(self, layout: Layout, num_experts: int, sets: int = 1, zero_experts: int = 0, rank: int = 0) -> None:
         self.slots = layout.slots(num_experts, sets)
         self.per_rank, self.num_experts, self.zero_experts = len(self.slots[0]), num_experts, zero_experts
         where: list[list[int]] = [[] for _ in range(num_experts)]
@@ -77,6 +80,8 @@ class SlotMap:
         self.plain = [w[0] for w in where] == list(range(num_experts)) and max(map(len, where)) == 1
         # One rank that holds all experts in order, and ids that can be nothing else: no id changes.
         self.whole = self.plain and len(self.slots) == 1 and not zero_experts
+        near = layout.near(rank)
+        where = [[slot for slot in w if slot // self.per_rank in near] or w for w in where]
         width = max(map(len, where))
         self._table = torch.tensor([w + [w[0]] * (width - len(w)) for w in where])
         self._sizes = torch.tensor([len(w) for w in where])
