@@ -189,6 +189,7 @@ LAYOUTS = [
     (Layout(ep=2, tp=2), Options(output="partial")),
     (Layout(ep=2, tp=2, tokens="sharded"), Options(dispatch="alltoall")),
     (Layout(ep=2, tp=2, tokens="sharded"), Options(dispatch="allgather")),
+    (Layout(ep=3, tokens="sharded"), Options(dispatch="alltoall")),
 ]
 
 
@@ -211,7 +212,7 @@ class Unconnected:
         return torch.zeros(shape, dtype=x.dtype)
 
 
-@pytest.mark.parametrize(("layout", "options"), [*LAYOUTS, (Layout(ep=2, tokens="sharded"), Options(dispatch="alltoall"))])
+@pytest.mark.parametrize(("layout", "options"), LAYOUTS)
 def test_a_rank_whose_experts_have_nothing_to_do_joins_every_collective_of_the_backward(layout, options):
     layout = dataclasses.replace(layout, timeout=10.0)
     weights = make_weights(BASE, 0)
