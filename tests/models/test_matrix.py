@@ -83,8 +83,8 @@ def test_shared_experts_in_words():
 
 def test_an_activation_in_words():
     assert words.activation(ActivationSpec(), gated=True) == "silu"
-    assert words.activation(ActivationSpec(kind="swigluoai"), gated=True) == "silu, alpha 1.702, beta 1.0, clamp at 7.0"
-    assert words.activation(ActivationSpec(limit=2.0, clamp_after=True), gated=True) == "silu, clamp at 2.0 afterwards"
+    assert words.activation(ActivationSpec(kind="swigluoai"), gated=True) == "silu, alpha 1.702, beta 1, clamp at 7"
+    assert words.activation(ActivationSpec(limit=2.0, clamp_after=True), gated=True) == "silu, clamp at 2 afterwards"
     assert words.activation(ActivationSpec(kind="relu2"), gated=False) == "relu2, not gated"
 
 

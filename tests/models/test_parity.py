@@ -23,8 +23,8 @@ from moerunner.verify.layer import Comparison
 from moerunner.verify.tiny import tiny_inputs, tiny_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {}
-for file in sorted((Path(__file__).parent / "cases").glob("*.py")):
-    CASES |= importlib.import_module(f"cases.{file.stem}").CASES
+for file in sorted((Path(__file__).parent / "family_cases").glob("*.py")):
+    CASES |= importlib.import_module(f"family_cases.{file.stem}").CASES
 FIRST = {family: case for case, (family, _) in reversed(CASES.items())}
 TURN = int(os.environ["MOERUNNER_SEED"]) % 10
 

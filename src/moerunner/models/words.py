@@ -103,12 +103,13 @@ def factor(spec: MoESpec, *, sizes: bool = True) -> str:
 def activation(a: ActivationSpec, *, gated: bool) -> str:
     """What stands between an expert's two products, with every constant that changes it."""
     full = a.resolved()
+    alpha, beta, limit, gate, up = (v or 0 for v in (full.alpha, full.beta, full.limit, full.gate_softcap, full.up_softcap))
     named = {
-        f"alpha {full.alpha}": full.alpha not in (None, 1.0),
-        f"beta {full.beta}": bool(full.beta),
-        f"clamp at {full.limit}" + " afterwards" * full.clamp_after: full.limit is not None,
-        f"gate capped at {full.gate_softcap}": full.gate_softcap is not None,
-        f"up capped at {full.up_softcap}": full.up_softcap is not None,
+        f"alpha {alpha:g}": alpha not in (0, 1),
+        f"beta {beta:g}": bool(beta),
+        f"clamp at {limit:g}" + " afterwards" * full.clamp_after: bool(limit),
+        f"gate capped at {gate:g}": bool(gate),
+        f"up capped at {up:g}": bool(up),
         "not gated": not gated,
     }
     return ", ".join([full.kind, *(text for text, on in named.items() if on)])
