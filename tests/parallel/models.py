@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 import moerunner
 from moerunner import Layout
+from moerunner.generate import generate
 from moerunner.models import runners, tensorfile
+from moerunner.models.checkpoint import read_tokenizer
 from moerunner.verify.tiny import tiny_inputs, tiny_model
 
 LENGTH, NEW = 12, 8
@@ -205,6 +207,17 @@ def wrong_layouts() -> dict[str, Any]:
             same = runners(model).keys() == before and [p.shape for p in model.parameters()] == shapes
             told[what] = [type(error).__name__, same]
     return told
+
+
+def sample_apart(folder: Path, layout: Layout) -> str:
+    """The text of ranks that compute other scores and draw other numbers."""
+    model = moerunner.load(folder, layout=layout)
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    head = model.get_output_embeddings().weight
+    head.data += rank * torch.randn(head.shape)
+    tokenizer = read_tokenizer(folder)
+    return generate(model, tokenizer, "def f(", max_new_tokens=12, temperature=1.0, same_on_all_ranks=True).text
 
 
 def memory_of_loading(folder: Path, small: Path, layout: Layout) -> tuple[int, int]:

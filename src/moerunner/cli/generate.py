@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli.ranks import DpOption, EpOption, TpOption, bound_layout, device_of_rank
 from moerunner.cli.shell import (
     Answer,
     DebugOption,
@@ -19,12 +20,14 @@ from moerunner.cli.shell import (
     quiet_transformers,
     torch_device,
     torch_dtype,
-    verb,
+    verb_of_ranks,
 )
 from moerunner.errors import CheckpointError, UnsupportedError
 
+TIMEOUT = 600.0  # seconds that a rank may wait for the others, one of which may read its weights more slowly
 
-@verb
+
+@verb_of_ranks
 def run(
     path: Annotated[str, typer.Argument(help="Folder of a model: config.json, safetensors, tokenizer.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
@@ -38,6 +41,9 @@ def run(
     allow_unpatched: Annotated[
         bool, typer.Option("--allow-unpatched", help="Run a model without a block that moerunner knows, too.")
     ] = False,
+    tp: TpOption = None,
+    ep: EpOption = None,
+    dp: DpOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
@@ -48,12 +54,13 @@ def run(
     from moerunner.models.inspection import inspect
 
     screen = Screen(quiet=json)
-    weights, where = torch_dtype(dtype), torch_device(device)
+    bound = bound_layout(tp, ep, dp, timeout=TIMEOUT)
+    weights, where = torch_dtype(dtype), torch_device(device_of_rank(device, bound))
     looked_at = inspect(path, dtype=weights, device=where)
     if not allow_unpatched:
         refuse_without_a_block(looked_at)
     tokenizer = load_tokenizer(path)
-    model = load(path, dtype=weights, device=where)  # draws a bar of its own
+    model = load(path, dtype=weights, device=where, layout=bound)  # draws a bar of its own
     made = generate(
         model,
         tokenizer,
@@ -64,6 +71,7 @@ def run(
         top_k=top_k,
         seed=seed,
         stream=screen.write,
+        same_on_all_ranks=bound is not None,
     )
     screen.say()
     report = model.moerunner_report

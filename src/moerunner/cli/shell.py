@@ -12,10 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
+from moerunner.cli.ranks import Ranks
 from moerunner.errors import DistributedError, MoEError, PlanError, UnsupportedError
 
 OK, MISMATCH, BAD_INPUT, UNSUPPORTED, FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -32,33 +33,60 @@ class Answer:
 
 def verb(run: Callable[..., Answer]) -> Callable[..., None]:
     """Makes a verb of a function: its errors become one line on stderr and an exit code, with --json its data one object."""
+    return _command(run, lambda: None)
 
+
+def verb_of_ranks(run: Callable[..., Answer]) -> Callable[..., None]:
+    """The same for a verb that torchrun may start several times: rank 0 prints, all end with one status."""
+    return _command(run, Ranks.of_torchrun)
+
+
+def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None]) -> Callable[..., None]:
     @functools.wraps(run)
     def command(**options: Any) -> None:
         json, debug = options["json"], options["debug"]
-        try:
-            # Whatever a library prints must not come between a machine and its JSON.
-            with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-                answer = run(**options)
-            if json:
-                _print_json(answer.data)
-            sys.stdout.flush()
-            code = answer.code
-        except (typer.Exit, typer.BadParameter):
-            raise
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-            code = PIPE_CLOSED
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort before the user
-            code, text = explain(error)
+        out, err = sys.stdout, sys.stderr
+        ranks = None
+
+        def say(error: BaseException, text: str) -> None:
             if debug:
-                traceback.print_exc()
-            print(f"moerunner: {text}", file=sys.stderr)
+                traceback.print_exception(error, file=err)
+            print(f"moerunner: {text}", file=err, flush=True)
             if json:
-                _print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}})
+                _print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}}, out)
+
+        try:
+            ranks = find_ranks()
+            # Whatever a library prints must not come between a machine and its JSON.
+            with _silence() if ranks and ranks.rank else contextlib.redirect_stdout(err) if json else contextlib.nullcontext():
+                answer = run(**options)
+                if json and not (ranks and ranks.rank):
+                    _print_json(answer.data, out)
+                sys.stdout.flush()
+            code = ranks.agree(answer.code) if ranks else answer.code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or Python complains when it ends
+            code = PIPE_CLOSED
+            if ranks:
+                ranks.fail(code, lambda: None)
+        except (Exception, KeyboardInterrupt) as error:
+            if not ranks and isinstance(error, (typer.Exit, typer.BadParameter)):
+                raise
+            code, text = explain(error)
+            if ranks:
+                text = f"rank {ranks.rank}: {text}"
+                ranks.fail(code, functools.partial(say, error, text))
+            say(error, text)
         raise typer.Exit(code)
 
     return command
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Of every rank but the first."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -70,7 +98,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return UNSUPPORTED, text
     if isinstance(error, DistributedError | PlanError):
         return FAILED, text
-    if isinstance(error, MoEError | FileNotFoundError | NotADirectoryError | PermissionError):
+    if isinstance(error, MoEError | typer.BadParameter | FileNotFoundError | NotADirectoryError | PermissionError):
         return BAD_INPUT, text
     if isinstance(error, ImportError):
         return UNSUPPORTED, f"{text}. Install what is missing: pip install 'moerunner[hf]'"
@@ -79,8 +107,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     return FAILED, f"{type(error).__name__}: {text}. Run again with --debug to see where it happened"
 
 
-def _print_json(data: dict[str, Any]) -> None:
-    print(jsonlib.dumps(_finite(data), indent=2))
+def _print_json(data: dict[str, Any], out: TextIO) -> None:
+    print(jsonlib.dumps(_finite(data), indent=2), file=out, flush=True)
 
 
 def _finite(value: Any) -> Any:

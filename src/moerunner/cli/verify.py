@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli.ranks import DpOption, EpOption, TpOption, bound_layout, device_of_rank
 from moerunner.cli.shell import (
     MISMATCH,
     OK,
@@ -22,7 +23,7 @@ from moerunner.cli.shell import (
     quiet_transformers,
     torch_device,
     torch_dtype,
-    verb,
+    verb_of_ranks,
 )
 
 HEADERS = ("layer", "vs HF", "vs f64", "HF vs f64", "routing", "ties", "worst")
@@ -30,18 +31,25 @@ LEGEND = """HF: Transformers, f64: the float64 oracle, routing: tokens with the 
 worst: the token and the expert with the largest difference. Differences are max|y - ref| / max|ref|.
 """
 
+TIMEOUT = 3600.0  # seconds that a rank may wait, while rank 0 loads and runs the whole model
 
-@verb
+
+@verb_of_ranks
 def run(
     path: Annotated[str | None, typer.Argument(help="Folder of a model: config.json and safetensors.")] = None,
     family: Annotated[str | None, typer.Option(help="A tiny random model of this model_type instead.")] = None,
     text: Annotated[str | None, typer.Option(help="What to run on; by default moerunner's own source.")] = None,
     tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="At most so many tokens; 1k works.")] = 128,
-    oracle_tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="Of these, so many in float64.")] = 8,
+    oracle_tokens: Annotated[
+        int, typer.Option(parser=count, metavar="N", help="Of these, so many in float64, on one rank.")
+    ] = 8,
     record: Annotated[bool, typer.Option(help="First write PATH/SHA256SUMS, which this and later runs compare.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    tp: TpOption = None,
+    ep: EpOption = None,
+    dp: DpOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
@@ -51,13 +59,24 @@ def run(
     if record and path is None:
         raise typer.BadParameter("--record needs the folder of a model")
     quiet_transformers()
+    bound = bound_layout(tp, ep, dp, timeout=TIMEOUT)
     from moerunner.models.checkpoint import check_folder
     from moerunner.verify import digests, verify
 
     screen = Screen(quiet=json)
-    if record and path is not None:
+    where = torch_device(device_of_rank(device, bound))
+    if record and path is not None and (bound is None or bound.comm.rank == 0):
         check_folder(Path(path))
         screen.say(f"checksums kept in {digests.record(path)}")
+    if bound is not None:
+        from moerunner.verify.ranks import verify_ranks
+
+        report = verify_ranks(
+            path, bound, family=family, text=text, num_tokens=tokens, dtype=torch_dtype(dtype), device=where, seed=seed
+        )
+        screen.say(f"{report.model}, {report.dtype} on {report.device}, {report.tokens} tokens ({report.sample})\n")
+        show_ranks(screen, report)
+        return Answer(report.to_dict(), OK if report.ok else MISMATCH)
     with screen.progress(f"comparing {path or family}"):
         report = verify(
             path,
@@ -66,7 +85,7 @@ def run(
             num_tokens=tokens,
             oracle_tokens=oracle_tokens,
             dtype=torch_dtype(dtype),
-            device=torch_device(device),
+            device=where,
             seed=seed,
         )
     screen.say(f"{report.model}, {report.dtype} on {report.device}, {report.tokens} tokens ({report.sample})\n")
@@ -84,6 +103,17 @@ def show(screen: Screen, report: Any) -> None:
     for note in report.notes + [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]:
         screen.say(f"note: {note}")
     screen.say(str(report))
+
+
+def show_ranks(screen: Screen, report: Any) -> None:
+    """The same of a model over several ranks."""
+    rows = [[x.name, f"{x.vs_transformers.max:.1e}", str(x.tied), ", ".join(x.collectives) or "-"] for x in report.layers]
+    screen.table(("layer", "vs HF in one process", "ties", "collectives"), rows)
+    for line in report.skipped:
+        screen.say(f"not compared: {line}")
+    for note in report.notes:
+        screen.say(f"note: {note}")
+    screen.say(f"\n{report}")
 
 
 def _row(layer: Any) -> list[str]:

@@ -31,7 +31,7 @@ def mesh_over_all(sizes: Mapping[str, int], timeout: float) -> Any:
     text = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if not dist.is_available():
         raise DistributedError("this build of torch has no torch.distributed", where="Layout.bind")
-    here = dist.get_world_size() if dist.is_initialized() else _ranks_of_torchrun()
+    here = dist.get_world_size() if dist.is_initialized() else ranks_of_torchrun()
     if here != world:
         found = "there is no process group" if here is None else f"there are {here} processes"
         raise DistributedError(
@@ -45,7 +45,7 @@ def mesh_over_all(sizes: Mapping[str, int], timeout: float) -> Any:
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def _ranks_of_torchrun() -> int | None:
+def ranks_of_torchrun() -> int | None:
     """How many processes torchrun started, None if this is not one of them."""
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TORCHRUN) else None
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,8 @@ from moerunner.verify.digests import compare_digests
 from moerunner.verify.layer import Comparison
 from moerunner.verify.loading import compare_loading
 from moerunner.verify.report import Difference, LayerCheck, VerifyReport, difference
-from moerunner.verify.tiny import tiny_inputs, tiny_model
+from moerunner.verify.running import run, sample_of
+from moerunner.verify.tiny import tiny_model
 
 __all__ = ["Difference", "LayerCheck", "VerifyReport", "damaged_weights", "difference", "tiny_model", "verify"]
 
@@ -82,7 +82,7 @@ def verify(
     if "input_ids" not in inspect.signature(net.forward).parameters:
         raise UnsupportedError(f"takes {net.main_input_name}, not tokens", where=name)
     if input_ids is None:
-        input_ids, sample = _sample(net, tokenizer, text, num_tokens, seed)
+        input_ids, sample = sample_of(net, tokenizer, text, num_tokens, seed)
     else:
         sample = "the tokens given"
     weight = net.get_input_embeddings().weight
@@ -123,34 +123,6 @@ def damaged_weights(model: nn.Module) -> list[str]:
     return found
 
 
-def _sample(model: Any, tokenizer: Any, text: str | None, count: int, seed: int) -> tuple[Tensor, str]:
-    config = model.config.get_text_config()
-    count = min(count, getattr(config, "max_position_embeddings", count))
-    if tokenizer is None:
-        if text is not None:
-            raise SpecError("a text needs a tokenizer", where="verify", next_step="Pass tokenizer, or input_ids")
-        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
-        return ids, f"random tokens, seed {seed}"
-    source = inspect.getsource(sys.modules[__name__]) if text is None else text
-    ids = tokenizer(source, return_tensors="pt")["input_ids"][:, :count]
-    if not ids.shape[1]:
-        raise SpecError("the text has no tokens", where="verify", next_step="Give a longer one")
-    return ids, "moerunner's own source" if text is None else "the text given"
-
-
-def _run(model: Any, input_ids: Tensor) -> Tensor:
-    """The logits [1, T, vocabulary], or the last hidden states of a model without a head."""
-    try:
-        output = model(**tiny_inputs(model, input_ids), **_without_cache(model))
-    except AttributeError as error:
-        raise UnsupportedError(f"does not run on tokens alone: {error}", where=type(model).__name__) from error
-    return output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
-
-
-def _without_cache(model: Any) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Eval mode inside; afterwards patched or not, training or not, as before."""
@@ -173,8 +145,8 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
         routers = adapt.routers(model)
         adapt.unpatch(model)
         with recorded(model, routers) as calls:
-            expected = _run(model, input_ids)
-    actual = _run(model, input_ids)
+            expected = run(model, input_ids)
+    actual = run(model, input_ids)
     layers, first_tie = [], input_ids.shape[1]
     for name, call in calls.items():
         comparison = Comparison(name, model.get_submodule(name), call, dtype)

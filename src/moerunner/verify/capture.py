@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,6 +59,18 @@ class _Watch:
 
     def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.calls[self.name] = Call(self.args, self.kwargs, first_tensor(output).clone(), self.answer)
+
+
+def moved(value: Any, device: str | torch.device) -> Any:
+    """A call, or anything in one, with its tensors on this device."""
+    if isinstance(value, Call):
+        held = (value.args, value.kwargs, value.output, value.answer)
+        return Call(*(moved(item, device) for item in held))
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -141,6 +141,18 @@ class Comparison:
         check.problems.extend(self._problems(check, len(differing) - len(tied), len(strange)))
         return check, min(tied, default=len(error_T))
 
+    def without_oracle(self) -> tuple[Difference, int, int, int]:
+        """Where this rank may hold a part of the experts: the difference to Transformers on the tokens where both choose the
+        same experts, how many are tied, on how many others the choices differ, and the first tie (or T)."""
+        agree_T = self._agree()
+        edge = self._on_the_edge(agree_T)
+        agree_T[edge] = False
+        differing = (~agree_T).nonzero().flatten().tolist()
+        choices = self._choices([t for t in differing if t not in edge])
+        tied = [t for t in differing if t in edge or self._near_tie(t, choices[t])]
+        gap = difference(self.own_TH[agree_T], self.expected_TH[agree_T]) if agree_T.any() else Difference(math.inf, math.inf)
+        return gap, len(tied), len(differing) - len(tied), min(tied, default=len(agree_T))
+
     def _agree(self) -> Tensor:
         """[T] whether both choose the same experts. One that is chosen with weight 0 is not chosen."""
         ours, theirs = self.own_top, self.expected_top
