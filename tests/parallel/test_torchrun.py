@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def folder(tmp_path_factory):
 def torchrun(ranks, *arguments):
     """`-m moerunner ...` or a script with arguments, on so many gloo ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--standalone", *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    source = str(Path(moerunner.__file__).parents[1])  # that of this process, which is not always the installed one
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240, env=env)
 
 
