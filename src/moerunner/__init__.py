@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DistributedError,
         MoEError,
         PlanError,
+        ReferenceWarning,
         SpecError,
         UnsupportedError,
         WeightsError,
