@@ -352,7 +352,8 @@ def test_a_reader_that_leaves_is_no_traceback():
 
 def test_an_interrupt_is_no_traceback():
     code = """
-import sys, time, moerunner.env
+import signal, sys, time, moerunner.env
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 moerunner.env.collect = lambda: print("at work", flush=True) or time.sleep(100)
 from moerunner.cli import main
 sys.argv = ["moerunner", "env"]

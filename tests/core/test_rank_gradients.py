@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.numerics import relative_error
 from tests.support.running import rank_tokens
 from tests.support.strategies import (
     SEEDS,
@@ -143,11 +142,11 @@ def compare(layout: Layout, got: list[Gradients], alone: list[Gradients]) -> Non
 
 
 def near(name: str, got: Tensor, wanted: Tensor) -> None:
+    """float64, summed in another order. A small gradient is what is left of large ones that cancel."""
     assert got.shape == wanted.shape
-    if wanted.numel() and float(wanted.abs().max()) > 1e-9:
-        assert relative_error(got, wanted) <= 1e-9, (name, relative_error(got, wanted))
-    elif wanted.numel():
-        assert float(got.abs().max()) <= 1e-9, (name, got.abs().max(), wanted.abs().max())
+    if wanted.numel():
+        most = max(float(wanted.abs().max()), 1e-4)
+        assert float((got - wanted).abs().max()) <= 1e-9 * most, (name, got, wanted)
 
 
 @st.composite

@@ -207,7 +207,7 @@ def plain_activation(h: Tensor, a: ActivationSpec, gate_up: str) -> Tensor:
 
 def _rms(x: Tensor, weight: Tensor | None, norm: RMSNorm) -> Tensor:
     if weight is not None:
-        weight = (1.0 + weight if norm.centred else weight).to(x.dtype)
+        weight = (1.0 if norm.centred else 0.0) + weight.to(x.dtype)
     h = x * weight if weight is not None and norm.weight_first else x
     h = h if h.dtype == torch.float64 else h.float()
     h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
