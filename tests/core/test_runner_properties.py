@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tests.support.numerics import FLOAT32_BOUND, assert_as_good_as_plain, assert_close, relative_error
+from tests.support.numerics import FLOAT32_BOUND, assert_as_good_as_plain, assert_close, relative_error, rms_error
 from tests.support.running import CPU_BACKENDS, plain
 from tests.support.strategies import (
     SEEDS,
@@ -73,13 +73,8 @@ def check_float32(spec: MoESpec, seed: int, storage: Storage, count: int, backen
             assert_close(top.shared_weights[rows], routing.shared_weights * factor)
     own = Tokens(tokens.x[rows], {"topk": routing})
     wanted = reference(spec, weights, own.x, **own.inputs)
-    if relative_error(y[rows], wanted) > FLOAT32_BOUND:  # a chain of many products: by hand it errs as much
-        as_float = dataclasses.replace(
-            routing,
-            weights=routing.weights.float(),
-            shared_weights=None if routing.shared_weights is None else routing.shared_weights.float(),
-        )
-        assert_as_good_as_plain(y[rows], plain(spec, weights, Tokens(own.x, {"topk": as_float})), wanted)
+    assert_close(y[rows], wanted, 2 * FLOAT32_BOUND)  # a chain of ten random products: one value of a few may lie out so far
+    assert rms_error(y[rows], wanted) <= FLOAT32_BOUND
 
 
 def check_low_precision(spec: MoESpec, seed: int, storage: Storage, backend: str, dtype: torch.dtype) -> None:
