@@ -7,11 +7,10 @@ compared on that rank. The oracle is left to the verification in one process.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from moerunner.verify.capture import Call, moved, recorded
 from moerunner.verify.digests import compare_digests
 from moerunner.verify.layer import BLOCK_BOUND, Comparison, oracle_bound
 from moerunner.verify.loading import compare_loading
-from moerunner.verify.report import Difference, difference
+from moerunner.verify.report import Difference, Verdict, difference
 from moerunner.verify.running import run, sample_of
 from moerunner.verify.tiny import tiny_model
 
@@ -51,42 +50,15 @@ class BlockCheck:
     problems: list[str]
 
 
-@dataclass(frozen=True)
-class RanksReport:
-    """The verdict over all ranks, the same on each; the fields of `VerifyReport` mean what they mean there.
+@dataclass(frozen=True, kw_only=True)
+class RanksReport(Verdict):
+    """The verdict over all ranks, the same on each. layers: a `BlockCheck` each.
 
     layout: ranks on each axis. all_reduces: of one forward of the whole model.
     """
 
-    model: str
-    dtype: str
-    device: str
-    sample: str
-    tokens: int
     layout: dict[str, int]
-    layers: list[BlockCheck] = field(default_factory=list)
-    logits: Difference | None = None
-    judged_tokens: int = 0
-    same_top_token: int = 0
     all_reduces: int = 0
-    damaged: list[str] = field(default_factory=list)
-    loading: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not self.reasons()
-
-    def reasons(self) -> list[str]:
-        """Why the verdict is a mismatch, each with its place; empty if it is not one."""
-        of_layers = [f"{layer.name}: {p}" for layer in self.layers for p in layer.problems]
-        return self.damaged + self.loading + of_layers + self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, "reasons": self.reasons(), **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         sizes = " x ".join(f"{axis} {size}" for axis, size in self.layout.items())
@@ -201,13 +173,11 @@ def _in_one_process(
     if facts["damaged"]:
         return (facts, None, ids, []), {}
     loading, notes = compare_loading(model, path, dtype) if path is not None else ([], [])
-    if unsure:
-        notes.append(f"no checksum of {', '.join(unsure)} is known: changed bytes that leave plausible numbers go unseen")
     routers = adapt.routers(model)
     adapt.unpatch(model)
     with torch.no_grad(), recorded(model, routers) as calls:
         logits = run(model, ids.to(weight.device)).cpu()
-    facts |= {"loading": loading, "notes": notes}
+    facts |= {"loading": loading, "notes": notes + unsure}
     return (facts, logits, ids, list(calls)), {name: moved(call, "cpu") for name, call in calls.items()}
 
 

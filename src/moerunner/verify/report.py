@@ -66,9 +66,9 @@ class LayerCheck:
         return max(self.load) * len(self.load) / sum(self.load) if any(self.load) else math.nan
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """The verdict and every number behind it.
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a verification in one process and one over ranks both say.
 
     logits: end to end, over all tokens, of which the first `judged_tokens` must be within the bound: where a tie falls the
     other way, its token and those after it go another way; in low precision rounding alone leads to that. same_top_token:
@@ -82,7 +82,7 @@ class VerifyReport:
     device: str
     sample: str
     tokens: int
-    layers: list[LayerCheck] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
     logits: Difference | None = None
     judged_tokens: int = 0
     same_top_token: int = 0
@@ -103,8 +103,16 @@ class VerifyReport:
         return self.damaged + self.loading + of_layers + self.problems
 
     def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "reasons": self.reasons(), **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(Verdict):
+    """The verdict and every number behind it. layers: a `LayerCheck` each."""
+
+    def to_dict(self) -> dict[str, Any]:
         layers = [dataclasses.asdict(layer) | {"imbalance": layer.imbalance} for layer in self.layers]
-        return {"ok": self.ok, "reasons": self.reasons(), **dataclasses.asdict(self), "layers": layers}
+        return super().to_dict() | {"layers": layers}
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "MISMATCH"
