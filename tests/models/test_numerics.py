@@ -77,21 +77,23 @@ def test_the_gate_rounds_where_transformers_rounds(case):
 
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_of_every_parameter_equal_those_of_transformers(case):
+    """As near as Transformers' two ways to run the experts are to each other: where terms cancel that is 2e-5, not 1e-6."""
     plain = build(case).train()
-    patched = copy.deepcopy(plain)
+    patched, looped = copy.deepcopy(plain), copy.deepcopy(plain)
     patch(patched)
-    losses = []
-    for model in (plain, patched):
+    looped.set_experts_implementation("eager")
+    losses, gradients = [], []
+    for model in (plain, patched, looped):
         loss = model(prompt()).logits.square().mean()
         loss.backward()
         losses.append(loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert relative(losses[1], losses[0]) <= 1e-6
-    expected = dict(plain.named_parameters())
-    for name, parameter in patched.named_parameters():
-        wanted = expected[name].grad
-        assert (parameter.grad is None) == (wanted is None), name
-        if wanted is not None:
-            assert relative(parameter.grad, wanted) <= 2e-5, name
+    wanted, got, other = gradients
+    for name in wanted:
+        assert (got[name] is None) == (wanted[name] is None), name
+        if wanted[name] is not None:
+            assert relative(got[name], wanted[name]) <= 5e-6 + 4 * relative(other[name], wanted[name]), name
 
 
 @pytest.mark.parametrize("case", RUNS)
