@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moerunner.kernels import hopper
 from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
-from moerunner.kernels.order import order_slots
-from moerunner.kernels.tiles import Few, Grouped, Product
+from moerunner.kernels.order import Tiled, order_slots
+from moerunner.kernels.tiles import Few, Grouped, Product, Specialised
 
 LAYOUTS = ("concat", "interleaved", "none")
 ROWS, SUMMED, FINAL = 0, 1, 2
@@ -89,7 +90,7 @@ def run(
     input_weighting: bool,
     output: int,
     scale: float,
-    tiles: Few | Grouped | None,
+    tiles: Few | Grouped | Specialised | None,
 ) -> Tensor:
     """`triton_experts` with tiles of the caller's choice; None chooses them from the shape."""
     if ids_TK.numel() == 0:
@@ -126,14 +127,40 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
     return out
 
 
-def _grouped(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped) -> Tensor:
+def _grouped(
+    x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped | Specialised
+) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
-    up, dn, block_m = tiles.up, tiles.down, tiles.block_m
-    precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     # Rows are returned as they are, so those without an expert must be zero; a sum does not read them.
     y_SH = x.new_zeros(tokens * k, hidden) if output == ROWS else x.new_empty(tokens * k, hidden)
     h_RI = x.new_empty(tokens * k, inter)
-    order = order_slots(ids, experts, block_m)
+    weighted = output != ROWS and not input_weighting
+    operands = (x, w13, w2, b13, b2, weights, h_RI, y_SH)
+    if isinstance(tiles, Specialised):
+        order = order_slots(ids, experts, 128)
+        up = dict(up=True, weighted=input_weighting, layout=layout, activation=activation, top_k=k)
+        hopper.product(x, w13, b13, weights, order, h_RI, **up, stages=tiles.up_stages)
+        dn = dict(up=False, weighted=weighted, layout=layout, activation=activation, top_k=k)
+        hopper.product(h_RI, w2, b2, weights, order, y_SH, **dn, stages=tiles.down_stages)
+    else:
+        _tiled(*operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, tiles.block_m))
+    if output == ROWS:
+        return y_SH.view(tokens, k, hidden)
+    out = _empty_output(x, ids, w2, output)
+    block_h = min(2048, power_of_2(hidden))
+    launch(
+        sum_slots, (tokens, blocks(hidden, block_h)), y_SH, ids, out, hidden, experts, scale, k, block_h,
+        device=x.device, warps=max(1, block_h // 256),
+    )  # fmt: skip
+    return out
+
+
+def _tiled(
+    x, w13, w2, b13, b2, weights, h_RI, y_SH, k, layout, activation, input_weighting, weighted, tiles: Grouped, order: Tiled
+) -> None:
+    """The two products by `grouped.py`."""
+    (_, hidden, inter), up, dn, block_m = w2.shape, tiles.up, tiles.down, tiles.block_m
+    precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     count = order.tiles_4N.shape[1]
     gated, interleaved = layout != 2, layout == 1
     up_tma, down_tma = up.tma and _describable(w13), dn.tma and _describable(w2)
@@ -149,19 +176,10 @@ def _grouped(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weight
     launch(
         down, (count * blocks(hidden, dn.block_n),),
         h_RI, _described(w2, dn) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH, hidden, inter, count,
-        *_strides((w2, 3), (b2, 2)), output != ROWS and not input_weighting, precision,
+        *_strides((w2, 3), (b2, 2)), weighted, precision,
         block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
         device=x.device, warps=dn.warps, stages=dn.stages,
     )  # fmt: skip
-    if output == ROWS:
-        return y_SH.view(tokens, k, hidden)
-    out = _empty_output(x, ids, w2, output)
-    block_h = min(2048, power_of_2(hidden))
-    launch(
-        sum_slots, (tokens, blocks(hidden, block_h)), y_SH, ids, out, hidden, experts, scale, k, block_h,
-        device=x.device, warps=max(1, block_h // 256),
-    )  # fmt: skip
-    return out
 
 
 def _describable(w: Tensor) -> bool:

@@ -33,6 +33,14 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class Specialised:
+    """Ring stages of the two products of `hopper.py`, whose tiles are fixed; both product's weights are read by TMA."""
+
+    up_stages: int = 4
+    down_stages: int = 4
+
+
+@dataclass(frozen=True)
 class Few:
     """Tiles for `few.py`; stages and tma are not used there."""
 
