@@ -111,17 +111,15 @@ def _load(
 
 
 @gluon.jit
-def _up(
+def _activate(
     acc,
     expert,
-    row,
-    end,
     n,
-    h_RI,
     b13,
-    weights_S,
-    slot_R,
+    weight,
     width,
+    stride_be,
+    stride_bn,
     INPUT_WEIGHTING: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
@@ -132,15 +130,11 @@ def _up(
     CLAMP_AFTER: gl.constexpr,
     GATE_SOFTCAP: gl.constexpr,
     UP_SOFTCAP: gl.constexpr,
-    stride_be,
-    stride_bn,
 ):
-    """Weighs, adds the bias, applies the activation and stores rows of h. width: I."""
+    """Weight, bias and activation of 64 x 256 values: 128 or 256 columns of h. width: I."""
     mma: gl.constexpr = acc.type.layout
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     if INPUT_WEIGHTING:
-        slot = gl.load(slot_R + r, mask=r < end, other=0)
-        acc *= gl.expand_dims(gl.load(weights_S + slot, mask=r < end, other=0.0), 1)
+        acc *= gl.expand_dims(weight, 1)
     if b13 is not None:
         j = gl.arange(0, 256, layout=gl.SliceLayout(0, mma))
         if INTERLEAVED or not GATED:
@@ -158,42 +152,30 @@ def _up(
         else:
             g, u = gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]).split()
         y = gate_by(act(g, KIND, ALPHA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP), u, BETA, LIMIT, UP_SOFTCAP)
-        _store(y, h_RI, slot_R, row, end, n * 128, width, False)
     else:
         y = act(acc, KIND, ALPHA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP)
-        left, right = gl.permute(gl.reshape(y, [64, 2, 128]), [0, 2, 1]).split()
-        _store(left, h_RI, slot_R, row, end, n * 256, width, False)
-        _store(right, h_RI, slot_R, row, end, n * 256 + 128, width, False)
+    return y
 
 
 @gluon.jit
-def _down(acc, expert, row, end, n, y_SH, b2, weights_S, slot_R, width, WEIGHTED: gl.constexpr, stride_be, stride_bn):
-    """Adds the bias, weighs and stores each row at its slot. width: H."""
-    mma: gl.constexpr = acc.type.layout
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+def _weigh(acc, expert, n, b2, weight, width, stride_be, stride_bn, WEIGHTED: gl.constexpr):
+    """Bias and routing weight of 64 x 256 values. width: H."""
     if b2 is not None:
-        at = n * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, mma))
+        at = n * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, acc.type.layout))
         bias = gl.load(b2 + expert.to(gl.int64) * stride_be + at * stride_bn, mask=at < width, other=0.0)
         acc += gl.expand_dims(bias.to(gl.float32), 0)
     if WEIGHTED:
-        slot = gl.load(slot_R + r, mask=r < end, other=0)
-        acc *= gl.expand_dims(gl.load(weights_S + slot, mask=r < end, other=0.0), 1)
-    left, right = gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]).split()
-    _store(left, y_SH, slot_R, row, end, n * 256, width, True)
-    _store(right, y_SH, slot_R, row, end, n * 256 + 128, width, True)
+        acc *= gl.expand_dims(weight, 1)
+    return acc
 
 
 @gluon.jit
-def _store(y, out, slot_R, row, end, column, width, SCATTERED: gl.constexpr):
-    """64 rows of 128 columns, 16 bytes a thread."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+def _store(y, out, place, live, column, width, wide: gl.constexpr):
+    """64 rows of 128 columns, each row at its place, 16 bytes a thread."""
     y = gl.convert_layout(y.to(out.dtype.element_ty), wide)
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     c = column + gl.arange(0, 128, layout=gl.SliceLayout(0, wide))
-    inside = gl.expand_dims(r < end, 1) & gl.expand_dims(c < width, 0)
-    if SCATTERED:
-        r = gl.load(slot_R + r, mask=r < end, other=0)
-    gl.store(out + gl.expand_dims(r.to(gl.int64), 1) * width + gl.expand_dims(c, 0), y, mask=inside)
+    inside = gl.expand_dims(live, 1) & gl.expand_dims(c < width, 0)
+    gl.store(out + gl.expand_dims(place.to(gl.int64), 1) * width + gl.expand_dims(c, 0), y, mask=inside)
 
 
 @gluon.jit
@@ -227,15 +209,30 @@ def _multiply(
     GATE_SOFTCAP: gl.constexpr,
     UP_SOFTCAP: gl.constexpr,
     STAGES: gl.constexpr,
+    LAG: gl.constexpr,
 ):
-    """Rows PART * 64 .. + 64 of every tile."""
+    """Rows PART * 64 .. + 64 of every tile. What the end of a tile needs is loaded before its products, and the next tile is
+    looked up before this one's. LAG: products that may still run when the next is issued."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     count = 0
+    expert, row, end, n = _tile(tiles_4N, N, columns, gl.program_id(0))
     for pid in range(gl.program_id(0), programs, gl.num_programs(0)):
-        expert, row, end, n = _tile(tiles_4N, N, columns, pid)
+        expert_next, row_next, end_next, n_next = _tile(
+            tiles_4N, N, columns, gl.minimum(pid + gl.num_programs(0), programs - 1)
+        )
+        row += PART * 64
         if expert >= 0:
-            row += PART * 64
             if row < end:
+                place = row + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+                live = place < end
+                if not UP:
+                    place = gl.load(slot_R + place, mask=live, other=0)
+                r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+                weight = (r * 0).to(gl.float32)
+                if WEIGHTED:
+                    slot = gl.load(slot_R + r, mask=r < end, other=0)
+                    weight = gl.load(weights_S + slot, mask=r < end, other=0.0)
                 acc = gl.zeros([64, 256], gl.float32, mma)
                 for start in range(0, depth, 64):
                     stage = count % STAGES
@@ -243,45 +240,35 @@ def _multiply(
                     fence_async_shared()
                     part = a_smem.index(stage).slice(PART * 64, 64, 0)
                     acc = warpgroup_mma(part, w_smem.index(stage).permute((1, 0)), acc, is_async=True)
-                    acc = warpgroup_mma_wait(1, deps=[acc])
-                    if start > 0:  # the product before this one is done, in every warp
+                    acc = warpgroup_mma_wait(LAG, deps=[acc])
+                    if LAG == 0:
+                        _release(empty.index(stage))
+                    elif start > 0:
                         _release(empty.index((count - 1) % STAGES))
                     count += 1
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                _release(empty.index((count - 1) % STAGES))
+                if LAG == 1:
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    _release(empty.index((count - 1) % STAGES))
                 if UP:
-                    _up(
-                        acc,
-                        expert,
-                        row,
-                        end,
-                        n,
-                        out,
-                        bias,
-                        weights_S,
-                        slot_R,
-                        width,
-                        WEIGHTED,
-                        GATED,
-                        INTERLEAVED,
-                        KIND,
-                        ALPHA,
-                        BETA,
-                        LIMIT,
-                        CLAMP_AFTER,
-                        GATE_SOFTCAP,
-                        UP_SOFTCAP,
-                        stride_be,
-                        stride_bn,
-                    )
+                    y = _activate(
+                        acc, expert, n, bias, weight, width, stride_be, stride_bn, WEIGHTED, GATED, INTERLEAVED, KIND, ALPHA,
+                        BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP,
+                    )  # fmt: skip
                 else:
-                    _down(acc, expert, row, end, n, out, bias, weights_S, slot_R, width, WEIGHTED, stride_be, stride_bn)
+                    y = _weigh(acc, expert, n, bias, weight, width, stride_be, stride_bn, WEIGHTED)
+                if UP and GATED:
+                    _store(y, out, place, live, n * 128, width, wide)
+                else:
+                    left, right = gl.permute(gl.reshape(y, [64, 2, 128]), [0, 2, 1]).split()
+                    _store(left, out, place, live, n * 256, width, wide)
+                    _store(right, out, place, live, n * 256 + 128, width, wide)
             else:
                 for _ in range(0, depth, 64):
                     stage = count % STAGES
                     mbarrier.wait(full.index(stage), (count // STAGES) & 1)
                     _release(empty.index(stage))
                     count += 1
+        expert, row, end, n = expert_next, row_next, end_next, n_next
 
 
 @gluon.jit
@@ -303,10 +290,10 @@ def grouped_product(
     N,
     columns,
     programs,
-    depth,
-    width,
+    depth_8,
+    width_8,
     rows_per_expert,
-    stride_a,
+    stride_a_8,
     stride_be,
     stride_bn,
     UP: gl.constexpr,
@@ -321,12 +308,15 @@ def grouped_product(
     GATE_SOFTCAP: gl.constexpr,
     UP_SOFTCAP: gl.constexpr,
     STAGES: gl.constexpr,
+    LAG: gl.constexpr,
 ):
     """UP: h[r] = act(x[token of r] w13[e]^T + b13[e]); else y[slot of r] = (h[r] w2[e]^T + b2[e]) * weight.
 
     a: tokens [T, H] if UP, else a tensor descriptor of h [R, I] in boxes of 128 x 64. w: one of [E * rows, depth] in boxes of
     128 x 64. programs: tiles of rows times tiles of columns.
     """
+    # Rows are whole units of 16 bytes, which makes copies and stores as wide as that.
+    width, depth = 8 * width_8, 8 * depth_8
     dtype: gl.constexpr = w.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_smem = gl.allocate_shared_memory(dtype, [STAGES, 128, 64], layout)
@@ -341,101 +331,24 @@ def grouped_product(
     HALF: gl.constexpr = UP and GATED and not INTERLEAVED
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    0,
-                    out,
-                    bias,
-                    weights_S,
-                    slot_R,
-                    tiles_4N,
-                    N,
-                    columns,
-                    programs,
-                    depth,
-                    width,
-                    stride_be,
-                    stride_bn,
-                    a_smem,
-                    w_smem,
-                    full,
-                    empty,
-                    UP,
-                    WEIGHTED,
-                    GATED,
-                    INTERLEAVED,
-                    KIND,
-                    ALPHA,
-                    BETA,
-                    LIMIT,
-                    CLAMP_AFTER,
-                    GATE_SOFTCAP,
-                    UP_SOFTCAP,
-                    STAGES,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    1,
-                    out,
-                    bias,
-                    weights_S,
-                    slot_R,
-                    tiles_4N,
-                    N,
-                    columns,
-                    programs,
-                    depth,
-                    width,
-                    stride_be,
-                    stride_bn,
-                    a_smem,
-                    w_smem,
-                    full,
-                    empty,
-                    UP,
-                    WEIGHTED,
-                    GATED,
-                    INTERLEAVED,
-                    KIND,
-                    ALPHA,
-                    BETA,
-                    LIMIT,
-                    CLAMP_AFTER,
-                    GATE_SOFTCAP,
-                    UP_SOFTCAP,
-                    STAGES,
-                ),
-            ),
-            (
-                _load,
-                (
-                    a,
-                    w,
-                    slot_R,
-                    tiles_4N,
-                    K,
-                    N,
-                    columns,
-                    programs,
-                    depth,
-                    rows_per_expert,
-                    stride_a,
-                    a_smem,
-                    w_smem,
-                    full,
-                    empty,
-                    UP,
-                    HALF,
-                    STAGES,
-                ),
-            ),
+            (_multiply, (
+                0, out, bias, weights_S, slot_R, tiles_4N, N, columns, programs, depth, width, stride_be, stride_bn, a_smem,
+                w_smem, full, empty, UP, WEIGHTED, GATED, INTERLEAVED, KIND, ALPHA, BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP,
+                UP_SOFTCAP, STAGES, LAG,
+            )),
+            (_multiply, (
+                1, out, bias, weights_S, slot_R, tiles_4N, N, columns, programs, depth, width, stride_be, stride_bn, a_smem,
+                w_smem, full, empty, UP, WEIGHTED, GATED, INTERLEAVED, KIND, ALPHA, BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP,
+                UP_SOFTCAP, STAGES, LAG,
+            )),
+            (_load, (
+                a, w, slot_R, tiles_4N, K, N, columns, programs, depth, rows_per_expert, 8 * stride_a_8, a_smem, w_smem,
+                full, empty, UP, HALF, STAGES,
+            )),
         ],
         [4, 4],
         [232, 40],
-    )
+    )  # fmt: skip
 
 
 def product(
@@ -452,6 +365,7 @@ def product(
     activation: Sequence[Any],
     top_k: int,
     stages: int = 4,
+    lag: int = 0,
 ) -> None:
     """One of the two products over all tiles. w: [E, rows, depth] as `describable` wants it. layout: of w13's rows, see
     `experts.LAYOUTS`; activation: (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)."""
@@ -463,10 +377,11 @@ def product(
     programs = tiles * columns
     kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap = activation
     grouped_product[(min(programs, _multiprocessors(w.device)),)](
-        a if up else _described(a, a.shape[0]), _described(w, experts * rows), bias, weights_TK, order.slot_R, order.tiles_4N, out,
-        top_k, tiles, columns, programs, depth, width, rows, a.stride(0), *(bias.stride() if bias is not None else (0, 0)),
+        a if up else _described(a, a.shape[0]), _described(w, experts * rows), bias, weights_TK, order.slot_R, order.tiles_4N,
+        out, top_k, tiles, columns, programs, depth // 8, width // 8, rows, a.stride(0) // 8,
+        *(bias.stride() if bias is not None else (0, 0)),
         UP=up, WEIGHTED=weighted, GATED=gated, INTERLEAVED=interleaved, KIND=kind, ALPHA=alpha, BETA=beta, LIMIT=limit,
-        CLAMP_AFTER=clamp_after, GATE_SOFTCAP=gate_softcap, UP_SOFTCAP=up_softcap, STAGES=stages, num_warps=4,
+        CLAMP_AFTER=clamp_after, GATE_SOFTCAP=gate_softcap, UP_SOFTCAP=up_softcap, STAGES=stages, LAG=lag, num_warps=4,
     )  # fmt: skip
 
 
