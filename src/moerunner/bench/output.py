@@ -37,7 +37,7 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
     names = sorted(dict.fromkeys(m.implementation for m in results), key=lambda n: [not _ours(n, results), n])
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.8 * lines + 0.9), squeeze=False)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.6 * columns, 3.8 * lines + 1.2), squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
@@ -57,8 +57,9 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
         ax.grid(alpha=0.3)
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.suptitle(title)
-    figure.legend(handles.values(), handles, loc="lower center", ncols=min(5, len(handles)), frameon=False)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 / lines, 1, 1))
+    figure.legend(handles.values(), handles, loc="lower center", ncols=2 * columns, frameon=False)
+    rows = -(-len(handles) // (2 * columns))
+    figure.tight_layout(rect=(0, (0.15 + 0.23 * rows) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

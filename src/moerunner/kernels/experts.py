@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moerunner.kernels import tiles as tile_choice
+from moerunner.kernels import tables
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
@@ -99,7 +99,7 @@ def run(
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
-        tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
+        tiles = tables.choose(tokens, k, experts, hidden, inter, gated=layout != 2, dtype=x_TH.dtype, device=x_TH.device)
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
     call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale)
     out = _few(*call, tiles) if isinstance(tiles, Few) else _grouped(*call, tiles)
