@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moerunner.kernels import hopper
+from moerunner.kernels import hopper, tables
 from moerunner.kernels import tiles as tile_choice
-from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
+from moerunner.kernels.common import INTERPRETING, blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
 from moerunner.kernels.order import Tiled, order_slots
-from moerunner.kernels.tiles import Few, Grouped, Product, Specialised
+from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Tiles
 
 LAYOUTS = ("concat", "interleaved", "none")
 ROWS, SUMMED, FINAL = 0, 1, 2
@@ -90,7 +90,7 @@ def run(
     input_weighting: bool,
     output: int,
     scale: float,
-    tiles: Few | Grouped | Specialised | None,
+    tiles: Tiles | None,
 ) -> Tensor:
     """`triton_experts` with tiles of the caller's choice; None chooses them from the shape."""
     if ids_TK.numel() == 0:
@@ -100,6 +100,8 @@ def run(
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
+        tiles = tables.choose(tokens, k, experts, hidden, inter, gated=layout != 2, dtype=x_TH.dtype, device=x_TH.device)
+    if isinstance(tiles, Specialised) and not _specialisable(x_TH, w13, w2):
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
     call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale)
@@ -138,10 +140,9 @@ def _grouped(
     operands = (x, w13, w2, b13, b2, weights, h_RI, y_SH)
     if isinstance(tiles, Specialised):
         order = order_slots(ids, experts, 128)
-        up = dict(up=True, weighted=input_weighting, layout=layout, activation=activation, top_k=k)
-        hopper.product(x, w13, b13, weights, order, h_RI, **up, stages=tiles.up_stages)
-        dn = dict(up=False, weighted=weighted, layout=layout, activation=activation, top_k=k)
-        hopper.product(h_RI, w2, b2, weights, order, y_SH, **dn, stages=tiles.down_stages)
+        how = dict(layout=layout, activation=activation, top_k=k, stages=tiles.stages, lag=tiles.lag)
+        hopper.product(x, w13, b13, weights, order, h_RI, up=True, weighted=input_weighting, **how)
+        hopper.product(h_RI, w2, b2, weights, order, y_SH, up=False, weighted=weighted, **how)
     else:
         _tiled(*operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, tiles.block_m))
     if output == ROWS:
@@ -180,6 +181,13 @@ def _tiled(
         block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
         device=x.device, warps=dn.warps, stages=dn.stages,
     )  # fmt: skip
+
+
+def _specialisable(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """Whether `hopper.py` can run it: 16-bit dtypes, rows of whole 16 bytes, weights that TMA can read."""
+    whole = x.element_size() == 2 and all(n % 8 == 0 for n in w2.shape[1:])
+    rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return whole and rows and not INTERPRETING and _describable(w13) and _describable(w2)
 
 
 def _describable(w: Tensor) -> bool:
