@@ -9,6 +9,10 @@ no one but the loader, and skips its half where an expert's last tile does not r
 Shape suffixes: as in `grouped.py`.
 """
 
+# Kernel code is Gluon, not Python: its names and operators have other types than pyright believes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+
 from __future__ import annotations
 
 import functools
