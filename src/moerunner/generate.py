@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moerunner.errors import SpecError, UnsupportedError
+from moerunner.errors import CheckpointError, SpecError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,13 @@ def generate(
         raise UnsupportedError("is not a model that generates text", where=type(model).__name__)
     inputs = tokenizer(prompt or tokenizer.bos_token or "", return_tensors="pt").to(model.device)
     prompt_tokens = inputs["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit, known = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
     if not prompt_tokens:
         raise SpecError("is empty", where="the prompt", next_step="Give at least one word")
+    if known is not None and inputs["input_ids"].max() >= known:
+        what = f"gives the token {int(inputs['input_ids'].max())}, and the model knows {known}"
+        raise CheckpointError(what, where="the tokenizer", next_step="Tokenizer and weights must be of one and the same model")
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise SpecError(
             f"{prompt_tokens} tokens and {max_new_tokens} new ones are more than the {limit} that the model was made for",
@@ -79,11 +83,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         streamer=streamer,
-        logits_processor=[lambda _, scores: _of_rank_0(scores)] if same_on_all_ranks else None,
+        logits_processor=[_numbers, *([lambda _, scores: _of_rank_0(scores)] if same_on_all_ranks else [])],
+        num_beams=1,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
         **sampling,
     )
     seconds = time.perf_counter() - start
-    new = output[0, prompt_tokens:]
+    new = output[0, 1 if model.config.is_encoder_decoder else prompt_tokens :]
     first = streamer.first_token - start
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -105,6 +112,14 @@ def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dic
         # Unset, so that a model's own sampling defaults cause no warning beside do_sample=False.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature, **narrowed}
+
+
+def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of the next token, which must be numbers: any token could be the best of what is not."""
+    if scores.isnan().any():
+        what = "gives scores that are not numbers (NaN)"
+        raise CheckpointError(what, where="the model", next_step="moerunner verify says whether its weights are damaged")
+    return scores
 
 
 def _of_rank_0(x: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,39 @@ def test_a_weight_that_is_not_finite_is_a_mismatch(cli, folder):
     assert "model.layers.1.mlp.shared_experts.up_proj.weight: 1 of" in outcome.out
 
 
+@pytest.mark.parametrize("key", ["model", "decoder", "post_processor"])
+def test_a_damaged_tokenizer(cli, folder, key):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 1}))
+    for verb in (["generate", folder, "abc"], ["verify", folder]):
+        refused(cli(*verb), 2, str(folder), "has a tokenizer that cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("eos_token_id", "x"), ("eos_token_id", [1.5]), ("output_hidden_states", -0.5), ("use_cache", "no")]
+)
+def test_settings_for_generation_that_are_of_another_kind(loading, folder, key, value):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    refused(loading(folder), 2, "generation_config.json", f"{key} = {value!r}")
+
+
+@pytest.mark.parametrize("value", [4, False, {"a": 1}])
+def test_a_dtype_that_is_none(on, folder, value):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": value}))
+    refused(on(folder), 2, "config.json", f"dtype {value!r}")
+
+
+@pytest.mark.parametrize("value", [1, {"format": -1}])
+def test_notes_in_a_header_that_are_no_text(on, folder, value):
+    data = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": value}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    refused(on(folder), 2, WEIGHTS, "__metadata__")
+
+
 def test_a_folder_without_a_tokenizer(cli, folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -257,7 +257,8 @@ def groups(
     if count is None or kept is None or count == 1:
         return None
     found = GroupSpec(count=count, kept=kept, **how)
-    if all(isinstance(n, int) for n in (experts, top_k)) and kept * experts < top_k * count:  # others are refused by MoESpec
+    possible = isinstance(experts, int) and isinstance(top_k, int) and top_k <= experts  # if not, MoESpec says so
+    if possible and kept * experts < top_k * count:
         if top_k == experts and weighs_lost:
             return None
         raise UnsupportedError(
