@@ -110,6 +110,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     h_SI = x.new_empty(tokens * k, inter)
     up, dn = tiles.up, tiles.down
+    ahead = power_of_2(blocks(inter * w2.element_size(), 128)) if tiles.prefetch and w2.stride(2) == 1 else 0
     launch(
         few_gate_up, (blocks(inter, up.block_n), tokens * k),
         x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
@@ -120,7 +121,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
     launch(
         few_down, (blocks(hidden, dn.block_n), tokens),
         h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
-        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k,
+        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k, ahead,
         device=x.device, warps=dn.warps,
     )  # fmt: skip
     return out

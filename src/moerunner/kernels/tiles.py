@@ -37,10 +37,14 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Few:
-    """Tiles for `few.py`; stages and tma are not used there."""
+    """Tiles for `few.py`; stages and tma are not used there.
+
+    prefetch: the second kernel fetches its weights while the first still runs.
+    """
 
     up: Product
     down: Product
+    prefetch: bool = False
 
 
 Tiles = Few | Grouped
@@ -92,13 +96,13 @@ _ALTERNATIVES = {16: _THIN, 32: _MIDDLE, 64: _MIDDLE, 128: _WIDE}
 
 
 def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
-    """What is worth measuring beside a choice, one part of it at a time: ("up" or "down", the same with another product)."""
+    """What is worth measuring beside a choice, one part of it at a time: (which, the same with another such part)."""
     if isinstance(tiles, Few):
         dn = tiles.down
         downs = [
             dataclasses.replace(dn, block_n=n, warps=w) for n in (dn.block_n // 2, dn.block_n, 2 * dn.block_n) for w in (4, 8)
         ]
-        parts = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n]}
+        parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n], "prefetch": [True, False]}
     else:
         parts = {"up": list(_ALTERNATIVES[tiles.block_m]), "down": list(_ALTERNATIVES[tiles.block_m])}
     for part, products in parts.items():
