@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moerunner.kernels import tables
+from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
@@ -41,6 +42,7 @@ def triton_experts(
     input_weighting: bool,
     output: int,
     scale: float,
+    batch_invariant: bool,
 ) -> Tensor:
     """The chosen experts of every token.
 
@@ -48,18 +50,18 @@ def triton_experts(
         x_TH, w13 [E, 2I, H] ([E, I, H] ungated), w2 [E, H, I], b13 [E, 2I], b2 [E, H]: any strides. ids: any outside 0..E-1 is
             no expert. weights: float32.
         layout: index into `LAYOUTS`, of w13's rows. kind: index into `activation.KINDS`. output: ROWS, SUMMED or FINAL.
-        scale: factor on the sums.
+        scale: factor on the sums. batch_invariant: a token's bits do not depend on the others, nor on how many there are.
     """
     return run(
         x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
-        input_weighting, output, scale, None,
+        input_weighting, output, scale, tile_choice.invariant(x_TH.element_size()) if batch_invariant else None,
     )  # fmt: skip
 
 
 @triton_experts.register_fake
 def _(
     x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
-    input_weighting, output, scale,
+    input_weighting, output, scale, batch_invariant,
 ):  # fmt: skip
     return _empty_output(x_TH, ids_TK, w2, output)
 

@@ -85,6 +85,11 @@ def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, it
     return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 80 else _HALF[3]
 
 
+def invariant(itemsize: int) -> Grouped:
+    """Tiles for every number of tokens. Each value of a row is then summed in one order, whatever else its tile holds."""
+    return Grouped(64, *(2 * [Product(64, 32, 4, 3)])) if itemsize == 4 else _HALF[2]
+
+
 _FEW_UP = (Product(1, 1024, 4, 1), Product(2, 512, 2, 1), Product(4, 512, 4, 1), Product(4, 1024, 8, 1))
 _THIN = (Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True), Product(64, 128, 4, 4, tma=True),
          Product(32, 256, 4, 4, tma=True), Product(128, 64, 4, 4, tma=True))  # fmt: skip
