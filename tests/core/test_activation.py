@@ -14,7 +14,7 @@ from tests.support.strategies import KINDS, SEEDS, activations, norms
 
 from moerunner import ActivationSpec, RMSNorm
 from moerunner.ops.activation import activate, gated, rms_norm
-from moerunner.ops.reference import _gated
+from moerunner.ops.reference import gated_activation
 
 LAYOUTS = st.sampled_from(["concat", "interleaved", "none"])
 
@@ -37,7 +37,7 @@ def test_every_function_equals_the_oracle_and_plain_torch(data, gate_up, seed, s
     assert torch.equal(h, before)
     g, u = split(h.double(), gate_up)
     limit = 1e-12 if dtype == torch.float64 else 2e-6
-    assert_close(y, _gated(g, u, activation), limit)
+    assert_close(y, gated_activation(g, u, activation), limit)
     assert_close(y, plain_activation(h.double(), activation, gate_up), limit)
 
 

@@ -31,7 +31,7 @@ from moerunner import (
 )
 from moerunner.experts import eager, register
 from moerunner.experts.registry import available, unregister
-from moerunner.ops.reference import _gated, reference, reference_route
+from moerunner.ops.reference import gated_activation, reference, reference_route
 from moerunner.parallel.comm import simulate
 from moerunner.parallel.layout import split_counts
 from moerunner.values import Replicate, TopK, ValueState
@@ -318,7 +318,7 @@ def _plain_transform(name, spec, weights, x):
 def _act(h, activation, gate_up):
     """The oracle's activation in h's dtype, computed in float32 at least."""
     split = {"none": lambda t: (t, None), "concat": lambda t: t.chunk(2), "interleaved": lambda t: (t[0::2], t[1::2])}
-    return _gated(*split[gate_up](h.to(_wide(h))), activation).to(h.dtype)
+    return gated_activation(*split[gate_up](h.to(_wide(h))), activation).to(h.dtype)
 
 
 def _norm(x, weight, eps):

@@ -1,9 +1,18 @@
-"""How fast the experts run, next to what the hardware allows and to what else is installed.
+"""How fast the experts run, next to what the hardware allows and to what else is installed: `moerunner bench`."""
 
-python -m moerunner.bench --shapes qwen3-30b --tokens 1 32 2048 --json results.json
-"""
+from moerunner.bench.experts import ROUTINGS, Measured, Routing, measure
+from moerunner.bench.peers import versions
+from moerunner.bench.shapes import SHAPES, Peaks, Shape, floor_seconds, measure_peaks
 
-from moerunner.bench.experts import Measured, measure
-from moerunner.bench.shapes import SHAPES, Peaks, Shape, floor_seconds
-
-__all__ = ["SHAPES", "Measured", "Peaks", "Shape", "floor_seconds", "measure"]
+__all__ = [
+    "ROUTINGS",
+    "SHAPES",
+    "Measured",
+    "Peaks",
+    "Routing",
+    "Shape",
+    "floor_seconds",
+    "measure",
+    "measure_peaks",
+    "versions",
+]

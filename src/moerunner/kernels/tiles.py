@@ -1,4 +1,4 @@
-"""Which tiles to run, from the shape alone: no tuning file, no measurement at run time.
+"""Which tiles to run: what was measured for this very shape on this device (`tables`), else a choice from the shape alone.
 
 Few rows per expert: the time is the reading of weights, so tiles of rows are as small as the matrix unit takes (16) while they
 still hold an expert's rows, so that its weights are read once. Many rows: the time is the matrix unit, so tiles are large.
@@ -6,7 +6,10 @@ still hold an expert's rows, so that its weights are read once. Many rows: the t
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,38 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Few:
-    """Tiles for `few.py`; stages and tma are not used there."""
+    """Tiles for `few.py`; stages and tma are not used there.
+
+    prefetch: the second kernel fetches its weights while the first still runs.
+    """
 
     up: Product
     down: Product
+    prefetch: bool = False
+
+
+Tiles = Few | Grouped
+KINDS: dict[str, type] = {"few": Few, "grouped": Grouped}
+
+
+def to_dict(tiles: Tiles) -> dict[str, Any]:
+    """Plain data, for JSON."""
+    kind = next(name for name, of in KINDS.items() if type(tiles) is of)
+    return {"kind": kind, **dataclasses.asdict(tiles)}
+
+
+def from_dict(data: dict[str, Any]) -> Tiles:
+    """What `to_dict` made. Raises KeyError or TypeError for anything else."""
+    fields = {n: Product(**v) if isinstance(v, dict) else v for n, v in data.items() if n != "kind"}
+    return KINDS[data["kind"]](**fields)
+
+
+_HALF = (  # 16-bit dtypes, from few rows per expert to many
+    Grouped(16, Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True)),
+    Grouped(32, Product(128, 128, 4, 3, tma=True), Product(128, 64, 4, 4, tma=True)),
+    Grouped(64, Product(128, 64, 4, 3, tma=True), Product(128, 64, 4, 3, tma=True)),
+    Grouped(128, Product(256, 64, 8, 4, tma=True), Product(256, 64, 8, 3, tma=True)),
+)
 
 
 def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, itemsize: int) -> Few | Grouped:
@@ -50,13 +81,42 @@ def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, it
         product = Product(64, 32, 4, 3)
         return Grouped(16 if rows <= 16 else 64, product, product)
     if rows <= 10:
-        down = Product(64, 256, 4, 3, tma=True) if inter >= 2048 else Product(128, 128, 4, 3, tma=True)
-        return Grouped(16, Product(64, 256, 4, 3, tma=True), down)
-    if rows <= 20:
-        return Grouped(32, Product(128, 128, 4, 3, tma=True), Product(128, 64, 4, 4, tma=True))
-    if rows <= 80:
-        return Grouped(64, Product(128, 64, 4, 3, tma=True), Product(128, 64, 4, 3, tma=True))
-    return Grouped(128, Product(256, 64, 8, 4, tma=True), Product(256, 64, 8, 3, tma=True))
+        return dataclasses.replace(_HALF[0], down=_HALF[0].up) if inter >= 2048 else _HALF[0]
+    return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 80 else _HALF[3]
+
+
+def invariant(itemsize: int) -> Grouped:
+    """Tiles for every number of tokens. Each value of a row is then summed in one order, whatever else its tile holds."""
+    return Grouped(64, *(2 * [Product(64, 32, 4, 3)])) if itemsize == 4 else _HALF[2]
+
+
+_FEW_UP = (Product(1, 1024, 4, 1), Product(2, 512, 2, 1), Product(4, 512, 4, 1), Product(4, 1024, 8, 1))
+_THIN = (Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True), Product(64, 128, 4, 4, tma=True),
+         Product(32, 256, 4, 4, tma=True), Product(128, 64, 4, 4, tma=True))  # fmt: skip
+_MIDDLE = (Product(128, 64, 4, 3, tma=True), Product(128, 64, 4, 4, tma=True), Product(128, 128, 4, 3, tma=True),
+           Product(256, 64, 8, 3, tma=True), Product(128, 64, 8, 4, tma=True))  # fmt: skip
+_WIDE = (Product(256, 64, 8, 4, tma=True), Product(256, 64, 8, 3, tma=True), Product(128, 64, 8, 4, tma=True),
+         Product(128, 64, 4, 4, tma=True))  # fmt: skip
+_ALTERNATIVES = {16: _THIN, 32: _MIDDLE, 64: _MIDDLE, 128: _WIDE}
+
+
+def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
+    """What is worth measuring beside a choice, one part of it at a time: (which, the same with another such part)."""
+    if isinstance(tiles, Few):
+        dn = tiles.down
+        downs = [
+            dataclasses.replace(dn, block_n=n, warps=w) for n in (dn.block_n // 2, dn.block_n, 2 * dn.block_n) for w in (4, 8)
+        ]
+        parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n], "prefetch": [True, False]}
+    else:
+        parts = {"up": list(_ALTERNATIVES[tiles.block_m]), "down": list(_ALTERNATIVES[tiles.block_m])}
+    for part, products in parts.items():
+        yield part, [dataclasses.replace(tiles, **{part: p}) for p in products if p != getattr(tiles, part)]
+
+
+def neighbours(tiles: Tiles) -> list[Tiles]:
+    """Choices that `choose` makes for a few more or fewer rows."""
+    return [other for other in _HALF if isinstance(tiles, Grouped) and other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
 
 
 def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:

@@ -262,11 +262,12 @@ def _mlp(
         g, u = h[0::2], h[1::2]
     else:
         g, u = h[:half], h[half:]
-    y = w2 @ _gated(g, u, activation)
+    y = w2 @ gated_activation(g, u, activation)
     return y if b2 is None else y + b2
 
 
-def _gated(g: Tensor, u: Tensor | None, activation: ActivationSpec) -> Tensor:
+def gated_activation(g: Tensor, u: Tensor | None, activation: ActivationSpec) -> Tensor:
+    """act(g) * (u + beta), element by element in the dtype of g; u is None where nothing gates."""
     a = activation
     oai = a.kind == "swigluoai"
     limit = 7.0 if oai and a.limit is None else a.limit

@@ -1,0 +1,68 @@
+"""What becomes of measurements: rows of a CSV file, and a picture of time against tokens with the floor."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from moerunner.bench.experts import Measured
+from moerunner.errors import UnsupportedError
+
+
+def write_csv(path: Path, results: Sequence[Measured]) -> None:
+    """One line per measurement, the fields of `Measured` and the ratio to the floor."""
+    rows = [m.to_dict() for m in results]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["shape"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
+    """A panel per shape and routing, both axes logarithmic; the floor is the dashed line below which nothing can be.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        next_step = "pip install 'moerunner[plot]'"
+        raise UnsupportedError("matplotlib is not installed", where="bench --plot", next_step=next_step) from error
+    panels = list(dict.fromkeys((m.shape, m.routing) for m in results))
+    names = sorted(dict.fromkeys(m.implementation for m in results), key=lambda n: [not _ours(n, results), n])
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.6 * columns, 3.8 * lines + 1.2), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    for ax, (shape, routing) in zip(axes.flat, panels, strict=False):
+        here = [m for m in results if (m.shape, m.routing) == (shape, routing)]
+        floor = {m.tokens: m.floor * 1e6 for m in here}
+        ax.plot(list(floor), list(floor.values()), "k--", linewidth=1.2, label="floor")
+        for name in names:
+            points = [(m.tokens, m.seconds * 1e6) for m in here if m.implementation == name and m.seconds is not None]
+            if points:
+                ours = _ours(name, results)
+                style = dict(linewidth=2.2 if ours else 1.2, marker="o" if ours else "s", markersize=5 if ours else 3.5)
+                ax.plot(*zip(*points, strict=True), color=colours[name], label=name, zorder=3 if ours else 2, **style)
+        ax.set(xscale="log", yscale="log", title=f"{shape}, {routing} routing", xlabel="tokens", ylabel="microseconds")
+        ax.set_xticks(list(floor), [f"{t:,}" for t in floor], rotation=30)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles, loc="lower center", ncols=2 * columns, frameon=False)
+    rows = -(-len(handles) // (2 * columns))
+    figure.tight_layout(rect=(0, (0.15 + 0.23 * rows) / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _ours(name: str, results: Sequence[Measured]) -> bool:
+    return any(m.ours for m in results if m.implementation == name)
