@@ -81,6 +81,12 @@ class Verbs:
         self._adds_bias = grad or all(comm.coordinates[a] == 0 for a in self._only("join").axes)
         self.spread = Spread(plan, comm) if grad else _as_it_is
 
+    def agree(self, w: LayerWeights) -> torch.dtype:
+        """Raises on every rank unless all run this plan on weights of the same shapes. The dtype it is for."""
+        if self._comm.layout.world > 1:
+            self._comm.same({**self.plan.facts(), "weights": {name: meta.shape for name, meta in w.meta().items()}})
+        return self.dtype
+
     def _only(self, verb: str) -> Step:
         step = self.plan.step(verb)
         assert step is not None, verb
