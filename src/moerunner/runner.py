@@ -111,7 +111,7 @@ class MoERunner(nn.Module):
         routed = v.trim(routed, w)
         routed = v.scale(routed, w)
         routed = v.output_transform(routed, w)
-        out = v.join(routed, shared, zero, w)
+        out = v.join(routed, shared.wait(), zero, w)
         out = v.final_transform(out, w)
         out = v.finish(out, w)
         return out if v.plan.wanted == "shard" else out.reshape(x.shape)
