@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from moerunner.ops.route import gate_logits, route
 from moerunner.parallel import allgather, alltoall, local
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import Pair, SlotMap, Trip
-from moerunner.parallel.rows import Work, joined
+from moerunner.parallel.rows import SideStream, Work, beside, joined
 from moerunner.plan import Plan, Step
 from moerunner.quant import dequantized
 from moerunner.shared import SharedExperts
@@ -77,11 +78,18 @@ class Verbs:
         if shared is not None and self.spec.shared is not None:
             first = all(comm.coordinates[a] == 0 for a in shared.axes)
             self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=self._product)
+        self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()
         self._zero_factor = None
         if zero is not None:
             self._zero_factor = self.spec.routed_scaling_factor if zero.scales else 1.0
         self._adds_bias = grad or all(comm.coordinates[a] == 0 for a in self._only("join").axes)
         self.spread = Spread(plan, comm) if grad else _as_it_is
+
+    def agree(self, w: LayerWeights) -> torch.dtype:
+        """Raises on every rank unless all run this plan on weights of the same shapes. The dtype it is for."""
+        if self._comm.layout.world > 1:
+            self._comm.same({**self.plan.facts(), "weights": {name: meta.shape for name, meta in w.meta().items()}})
+        return self.dtype
 
     def _only(self, verb: str) -> Step:
         step = self.plan.step(verb)
@@ -208,9 +216,14 @@ class Verbs:
             shared = None if shared is None else shared * spec.routed_scaling_factor
         return dataclasses.replace(topk, ids=ids, weights=weights, scaled=self._scales_weights, shared_weights=shared)
 
-    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Tensor | None:
-        """The shared experts on the caller's tokens."""
-        return None if self._shared is None else self._shared(x_TH, w.tensors, topk.shared_weights)
+    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Work[Tensor | None]:
+        """The shared experts on the caller's tokens, under way where the plan has them on a side stream."""
+        if self._shared is None:
+            return Work(lambda: None)
+        if 0 < x_TH.shape[0] <= self._side_tokens:
+            return beside(partial(self._shared, x_TH, w.tensors, topk.shared_weights), self._side, x_TH, topk.shared_weights)
+        y = self._shared(x_TH, w.tensors, topk.shared_weights)
+        return Work(lambda: y)
 
     def zero(self, x_TH: Tensor, topk: TopK) -> Tensor | None:
         """The identity experts: x times the weights of the slots that chose one."""

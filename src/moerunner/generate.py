@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from moerunner.errors import CheckpointError, SpecError, UnsupportedError
+from moerunner.parallel.group import TorchComm
+from moerunner.parallel.layout import BoundLayout
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
-    same_on_all_ranks: bool = False,
+    layout: BoundLayout | None = None,
 ) -> Generated:
     """Continues a prompt: greedily, or by sampling if a temperature above 0 is given.
 
@@ -47,8 +49,8 @@ def generate(
         model: a Transformers model, patched or not. tokenizer: its tokenizer.
         top_p, top_k: narrow the sampling, as in Transformers. seed: makes sampling repeatable; PyTorch's seed is set to it.
         stream: called with each piece of text as soon as its words are complete.
-        same_on_all_ranks: every rank of the process group calls this with the same prompt, and rank 0 decides: its scores of
-            each token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
+        layout: of a model on several ranks, all of which call this with the same prompt. Rank 0 decides: its scores of each
+            token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
     """
     sampling = _sampling(temperature, top_p, top_k)
     if max_new_tokens < 1:
@@ -70,8 +72,9 @@ def generate(
             where="the prompt",
             next_step=f"Ask for at most {max(0, limit - prompt_tokens)} new tokens, or shorten the prompt",
         )
-    if same_on_all_ranks and sampling["do_sample"]:
-        seed = int(_of_rank_0(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
+    ranks = layout.comm if layout is not None and isinstance(layout.comm, TorchComm) else None
+    if ranks is not None and sampling["do_sample"]:
+        seed = int(ranks.broadcast(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
     if seed is not None:
         torch.manual_seed(seed)
     streamer = _streamer(tokenizer, stream)
@@ -83,7 +86,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         streamer=streamer,
-        logits_processor=[_numbers, *([lambda _, scores: _of_rank_0(scores)] if same_on_all_ranks else [])],
+        logits_processor=[_numbers, *([lambda _, scores: ranks.broadcast(scores)] if ranks is not None else [])],
         num_beams=1,
         num_return_sequences=1,
         return_dict_in_generate=False,
@@ -120,12 +123,6 @@ def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         what = "gives scores that are not numbers (NaN)"
         raise CheckpointError(what, where="the model", next_step="moerunner verify says whether its weights are damaged")
     return scores
-
-
-def _of_rank_0(x: torch.Tensor) -> torch.Tensor:
-    x = x.contiguous()
-    torch.distributed.broadcast(x, src=0)
-    return x
 
 
 def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:

@@ -74,7 +74,7 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
                 raise
             code, text = explain(error)
             if ranks:
-                text = f"rank {ranks.rank}: {text}"
+                text = text if text.startswith("rank ") else f"rank {ranks.rank}: {text}"
                 ranks.fail(code, functools.partial(say, error, text))
             say(error, text)
         raise typer.Exit(code)
