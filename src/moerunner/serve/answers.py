@@ -12,7 +12,7 @@ import inspect
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +75,13 @@ class Answering:
             if isinstance(body, ChatBody):
                 return self._chat(body)
             assert isinstance(body, CompletionBody)
-            given = body.prompt
-            if isinstance(given, list) and given and not isinstance(given[0], int):
+            given: Any = body.prompt
+            if given and isinstance(given, list) and not isinstance(given[0], int):
                 if len(given) > 1:
                     raise Refused(400, "one prompt in a request, please: send several requests at once", param="prompt")
                 given = given[0]
             if isinstance(given, str):
+                given.encode()
                 return self.tokenizer(given or self.tokenizer.bos_token or "")["input_ids"]
         except UnicodeEncodeError as wrong:
             raise Refused(400, f"the text holds half of a surrogate pair: {wrong.reason}", param="prompt") from wrong
@@ -152,7 +153,7 @@ class Answer:
         prompt = self.wanted.prompt
         return theirs.build_response_parser(self.to.tokenizer, self.to.model, prompt, **_tools(body))
 
-    async def said(self) -> AsyncIterator[Said]:
+    async def said(self) -> AsyncGenerator[Said]:
         """The answer, piece by piece. However it ends, the engine is done with it afterwards."""
         metrics, now = self.to.metrics, time.perf_counter
         try:
@@ -229,7 +230,7 @@ class Answer:
             reasoning_content="".join(piece.reasoning for piece in pieces) or None,
         )
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str]:
         """As server-sent events; the last is [DONE]. An error on the way is an event too, as the status has been sent."""
         chat = isinstance(self.body, ChatBody)
         try:

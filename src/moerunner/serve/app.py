@@ -10,13 +10,14 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from moerunner.parallel.balance import LoadCounter
 from moerunner.serve.answers import Answer, Answering
@@ -25,7 +26,6 @@ from moerunner.serve.metrics import Metrics
 from moerunner.serve.work import Engine
 
 _LEFT = 499  # what nginx calls a client that left; no one receives it
-Scope, Receive, Send = Mapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
 
 
 def build(
@@ -92,7 +92,8 @@ def build(
             if body.stream:
                 status = 0  # told by the stream itself
                 return Stream(answer, lambda said: _done(metrics, endpoint, said, started))
-            whole = await _unless_gone(request.receive, answer.whole())
+            with contextlib.closing(answer):
+                whole = await _unless_gone(request.receive, answer.whole())
             status = _LEFT if whole is None else 200
             return Response(status_code=_LEFT) if whole is None else JSONResponse(whole)
         except Refused as wrong:
@@ -172,7 +173,7 @@ class Stream(Response):
         self.raw_headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         self._answer, self._done = answer, done
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = _LEFT
         try:
             if await _unless_gone(receive, self._send(self._answer.events(), send)):
@@ -185,9 +186,9 @@ class Stream(Response):
             if self._answer.failed is not None:
                 traceback.print_exception(self._answer.failed, file=sys.stderr)
 
-    async def _send(self, events: AsyncIterator[str], send: Send) -> bool:
+    async def _send(self, events: AsyncGenerator[str], send: Send) -> bool:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
+        async with contextlib.aclosing(events):
             async for event in events:
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

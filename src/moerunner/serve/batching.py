@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,14 +136,19 @@ class Batching:
         self._manager: Manager | None = None
 
     def start(self) -> None:
-        self._manager = Manager(self._model, copy.deepcopy(self._config), self._router)
-        self._manager.start()
+        """Raises what the manager's thread raises while it makes the cache."""
+        self._manager = manager = Manager(self._model, copy.deepcopy(self._config), self._router)
+        manager.start()
+        while manager.batch_processor is None and manager.is_running():
+            time.sleep(0.005)
+        if (error := manager.background_thread_status.fatal_error) is not None:
+            raise error
 
     def submit(self, work: Work) -> None:
         with self._lock:
             manager = self._living()
             self._router.works[work.id] = work
-            taken = manager.add_request(
+            manager.add_request(
                 work.wanted.prompt,
                 request_id=work.id,
                 max_new_tokens=work.wanted.max_new_tokens,
@@ -149,9 +156,9 @@ class Batching:
                 eos_token_id=sorted(work.wanted.ends) or -1,
                 wanted=work.wanted,
             )
-            if taken is None:
-                self._router.works.pop(work.id, None)
-                raise RuntimeError("the model stopped while the request came in")
+        # The manager drops what comes while it dies, without a word.
+        if manager.background_thread_status.can_accept_new_requests() and self._router.works.pop(work.id, None):
+            work.put(RuntimeError("the model stopped while the request came in: send it again"))
 
     def cancel(self, work: Work) -> None:
         if self._router.works.pop(work.id, None) is not None:
@@ -169,13 +176,14 @@ class Batching:
         manager = self._manager
         if manager is None:
             return "stopped"
-        error = manager.background_thread_status.fatal_error
-        return None if error is None else f"{type(error).__name__}: {error}"
+        status = manager.background_thread_status
+        error = status.fatal_error
+        return status.can_accept_new_requests() if error is None else f"{type(error).__name__}: {error}"
 
     def stop(self) -> None:
         with self._lock:
             if self._manager is not None:
-                _end(self._manager)
+                self._manager.stop(block=True, timeout=30, hard_stop=True)
                 self._manager = None
 
     def _living(self) -> Manager:
@@ -183,15 +191,9 @@ class Batching:
         if self._manager is None:
             raise RuntimeError("the server is stopping")
         if self.problem() is not None:
-            _end(self._manager)
+            self._manager.stop(block=True, timeout=30, hard_stop=True)
             self.start()
         return self._manager
-
-
-def _end(manager: Manager) -> None:
-    if manager.batch_processor is None and manager.is_running():  # it is being made: `stop` would complain
-        manager._generation_thread.join(timeout=0.2)  # type: ignore[union-attr]
-    manager.stop(block=True, timeout=30, hard_stop=True)
 
 
 @torch.no_grad()
@@ -202,6 +204,7 @@ def check(engine: Batching, model: Any, vocabulary: int) -> None:
         UnsupportedError: the model's attention or cache is none that continuous batching can run, or its result differs.
     """
     where, step = "continuous batching", "It is served one request at a time"
+    log = logging.getLogger("ContinuousBatchingLogger")
     prompt = [(7 * i + 3) % vocabulary for i in range(min(2 * PAGE + 5, engine.capacity - _PROBE))]
     ids = torch.tensor([prompt], device=model.device)
     plain = model.generate(
@@ -212,6 +215,7 @@ def check(engine: Batching, model: Any, vocabulary: int) -> None:
         output_scores=True,
     )
     try:
+        log.setLevel(logging.CRITICAL)  # what goes wrong here is told by what is raised
         engine.start()
         made = _written(engine, Wanted(prompt, _PROBE, temperature=0.0))
     except Exception as error:
@@ -220,6 +224,8 @@ def check(engine: Batching, model: Any, vocabulary: int) -> None:
             raise
         text = " ".join(str(error).split())[:200]
         raise UnsupportedError(f"{type(error).__name__}: {text}", where=where, next_step=step) from error
+    finally:
+        log.setLevel(logging.ERROR)
     for token, scores in zip(made, plain.scores, strict=True):
         best = scores[0].float().max()
         if best - scores[0, token] > _NEAR * scores[0].float().abs().max():

@@ -173,7 +173,9 @@ def _no_constant(text: str) -> float:
 def _refusal(kind: type[Body], wrong: ValidationError) -> Refused:
     """The first field at fault. Of a union every member complains: the first complaint is as good as any."""
     first = wrong.errors(include_url=False, include_context=False)[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "str", "int"))]
+    path = [
+        str(p) for p in first["loc"] if p not in ("str", "int", "float") and not str(p).startswith(("list[", "constrained"))
+    ]
     field = ".".join(path) or "body"
     if first["type"] == "extra_forbidden":
         message = f"{field} is not known here; known are {', '.join(sorted(kind.model_fields))}"

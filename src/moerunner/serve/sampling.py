@@ -23,8 +23,9 @@ def choose(logits_BV: Tensor, wanted: list[Wanted], positions: list[int]) -> Ten
     probabilities = scores.softmax(-1)
     drawn = torch.multinomial(probabilities, 1)[:, 0]
     for row, i in enumerate(rows):
-        if wanted[i].seed is not None:
-            dice = torch.Generator(logits_BV.device).manual_seed((wanted[i].seed * 1_000_003 + positions[i]) % 2**63)
+        seed = wanted[i].seed
+        if seed is not None:
+            dice = torch.Generator(logits_BV.device).manual_seed((seed * 1_000_003 + positions[i]) % 2**63)
             drawn[row] = torch.multinomial(probabilities[row], 1, generator=dice)[0]
     return chosen_B.index_copy(0, at, drawn)
 

@@ -20,17 +20,20 @@ class Pieces:
 
     def add(self, ids: Sequence[int]) -> str:
         """The new text that is certain now."""
-        self._ids.extend(ids)
-        text = self._decode(self._ids[self._from :])
-        if text.endswith("\ufffd") and len(self._ids) - self._told < _HELD:
-            return ""
-        return self._pass(text)
+        return "".join(map(self._one, ids))
 
     def end(self) -> str:
         """What was held back."""
         last = self._pass(self._decode(self._ids[self._from :]))
         rest, self._held = self._held, ""
         return last + ("" if self.stopped else rest)
+
+    def _one(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids[self._from :])
+        if text.endswith("\ufffd") and len(self._ids) - self._told < _HELD:
+            return ""
+        return self._pass(text)
 
     def _pass(self, text: str) -> str:
         new = text[len(self._decode(self._ids[self._from : self._told])) :]
