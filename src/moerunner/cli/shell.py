@@ -128,6 +128,11 @@ class Screen:
         self.quiet = quiet
         self.terminal = sys.stdout.isatty()
 
+    @property
+    def drawing(self) -> bool:
+        """Whether lines, blocks and colours can be shown."""
+        return self.terminal and not self.quiet and (sys.stdout.encoding or "ascii").lower().startswith("utf")
+
     def say(self, text: str = "") -> None:
         if not self.quiet:
             print(text, flush=True)
