@@ -123,7 +123,7 @@ def read_trace(path: str | Path) -> list[list[float]]:
         raise SpecError(f"is not JSON ({error})", where=str(path)) from error
     if isinstance(data, dict) and isinstance(data.get("layers"), list):
         data = [layer.get("load") if isinstance(layer, dict) else layer for layer in data["layers"]]
-    layers = [data] if isinstance(data, list) and data and not isinstance(data[0], list) else data
+    layers: Any = [data] if isinstance(data, list) and data and not isinstance(data[0], list) else data
     good = isinstance(layers, list) and layers and all(isinstance(row, list) and row for row in layers)
     if not good or not all(_is_load(n) for row in layers for n in row) or not all(map(any, layers)):
         what = "is not a list with a load of at least 0 for each expert, some above 0, nor a list of such lists"

@@ -65,7 +65,8 @@ def _figure(loads: Loads) -> Any:
     heat_height = min(9.0, max(1.6, 0.32 * rows)) + 0.8
     pair_height = 10.5 / max(3, len(shown)) + 0.6
     figure = Figure(figsize=(10.5, heat_height + pair_height), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[heat_height, pair_height])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[heat_height, pair_height])
+    top, bottom = halves
     title = f"{loads.model}, {loads.tokens:,} tokens ({loads.sample}): load of each expert, 1 = even"
     top.suptitle(title, fontsize=11, x=0.01, ha="left")
     grid = top.add_gridspec(1, 2, width_ratios=[5, 1])
