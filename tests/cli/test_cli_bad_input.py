@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one line that says what and what next, the right exit code, no traceback."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -27,16 +28,17 @@ def change_weights(folder, change):
 
 
 def reading(verb, cli):
-    return lambda path: cli(verb, path, *(["abc"] if verb == "generate" else []))
+    more = {"generate": ["abc"], "serve": ["--port", 0]}.get(verb, [])
+    return lambda path: cli(verb, path, *more)
 
 
-@pytest.fixture(params=["verify", "generate", "inspect"])
+@pytest.fixture(params=["verify", "generate", "inspect", "serve", "route"])
 def on(request, cli):
     """Each verb that reads a folder."""
     return reading(request.param, cli)
 
 
-@pytest.fixture(params=["verify", "generate"])
+@pytest.fixture(params=["verify", "generate", "serve", "route"])
 def loading(request, cli):
     """Each verb that needs the weights."""
     return reading(request.param, cli)
@@ -120,6 +122,14 @@ def test_a_model_of_which_moerunner_would_run_nothing_is_not_generated_with(cli,
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     refused(cli("generate", tmp_path / "llama", "abc"), 3, "llama", "no MoE block", "--allow-unpatched")
+
+
+@pytest.mark.parametrize("verb", ["serve", "route"])
+def test_nor_is_it_served_or_measured(cli, tmp_path, verb):
+    from moerunner.verify import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    refused(reading(verb, cli)(tmp_path / "llama"), 3, "llama", "no MoE block")
 
 
 def test_a_model_type_that_transformers_does_not_know(on, folder):
@@ -212,6 +222,71 @@ def test_generate_with_options_that_cannot_work(cli, saved, args, words):
     refused(cli("generate", saved, "abc", *args), 2, *words)
 
 
+def test_a_port_in_use_is_told_before_anything_is_loaded(cli, saved, monkeypatch):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        refused(cli("serve", saved, "--port", other.getsockname()[1]), 2, "in use", "--port")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--host", "203.0.113.7"], ["203.0.113.7", "cannot listen"]),
+        (["--host", "no such host"], ["no such host", "cannot listen"]),
+        (["--api-key", ""], ["--api-key"]),
+        (["--api-key", "clé"], ["--api-key"]),
+        (["--chat-template", "nowhere.jinja"], ["nowhere.jinja", "No such file"]),
+        (["--chat-template", "BROKEN"], ["BROKEN", "is no chat template"]),
+    ],
+)
+def test_serve_with_options_that_cannot_work(cli, saved, tmp_path, monkeypatch, args, words):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BROKEN").write_text("{% for %}")
+    refused(cli("serve", saved, "--port", 0, *args), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--text", "nowhere.txt"], ["nowhere.txt", "No such file", "--text"]),
+        (["--text", "."], ["directory"]),
+        (["--text", "bytes"], ["bytes", "UTF-8", "byte 1"]),
+        (["--text", "empty"], ["empty", "no tokens"]),
+        (["--plot", "loads.gif"], ["loads.gif", ".png"]),
+        (["--plot", "nowhere/loads.png"], ["nowhere", "does not exist"]),
+        (["--plot", "folder.png"], ["folder.png", "cannot be written"]),
+    ],
+)
+def test_route_with_files_that_cannot_be_read_or_written(cli, saved, tmp_path, monkeypatch, args, words):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder.png").mkdir()
+    refused(cli("route", saved, *args), 2, *words)
+    assert {file.name for file in tmp_path.iterdir()} == {"bytes", "empty", "folder.png"}
+
+
+def test_a_picture_that_fails_leaves_nothing(cli, saved, tmp_path, monkeypatch):
+    from moerunner.loads import plot
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot.Path, "replace", fails)
+    outcome = cli("route", saved, "--tokens", 32, "--plot", tmp_path / "loads.png")
+    assert outcome.code == 4
+    assert "No space left" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_prompt(cli, saved):
     refused(cli("generate", saved, ""), 2, "prompt")
 
@@ -242,6 +317,13 @@ def test_a_device_that_is_not_here(cli):
         ["inspect", "somewhere", "--tp", "two"],
         ["inspect", "somewhere", "--dtype", "int8"],
         ["families", "somewhere"],
+        ["serve"],
+        ["serve", "somewhere", "--port", "70000"],
+        ["serve", "somewhere", "--port", "http"],
+        ["serve", "somewhere", "--max-running", "0"],
+        ["serve", "somewhere", "--context", "1"],
+        ["route"],
+        ["route", "somewhere", "--tokens", "none"],
         ["no_such_verb"],
     ],
 )

@@ -83,14 +83,16 @@ def run(
     return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict(), "report": report.to_dict()})
 
 
-def refuse_without_a_block(found: Any) -> None:
-    """Generating with a model of which moerunner would run nothing is not what was asked for."""
+def refuse_without_a_block(
+    found: Any, step: str | None = "Give --allow-unpatched to run it with Transformers' own code"
+) -> None:
+    """Working with a model of which moerunner would run nothing is not what was asked for. step: the way round, if any."""
     if not found.kinds:
         reasons = [f"{name}: {reason}" for name, reason in found.left_alone.items()]
         raise UnsupportedError(
             f"moerunner would run no layer of this model ({'; '.join(reasons) or 'it has no MoE block'})",
             where=found.path,
-            next_step="Give --allow-unpatched to run it with Transformers' own code",
+            next_step=step or "moerunner families lists what it runs",
         )
 
 
