@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from moerunner.errors import SpecError, UnsupportedError  # noqa: E402
+from moerunner.errors import CheckpointError, SpecError, UnsupportedError  # noqa: E402
 from moerunner.generate import generate  # noqa: E402
 from moerunner.verify import tiny_model  # noqa: E402
 
@@ -87,6 +87,35 @@ def test_an_empty_prompt_starts_from_the_first_token_of_a_text(model, tokenizer)
 def test_what_cannot_work_is_refused_by_name(model, tokenizer, options, named):
     with pytest.raises(SpecError, match=named):
         generate(model, tokenizer, PROMPT, **options)
+
+
+def test_an_encoder_and_decoder_gives_all_its_text(tokenizer):
+    model = tiny_model("switch_transformers")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    pieces = []
+    made = generate(model, tokenizer, PROMPT, max_new_tokens=5, stream=pieces.append)
+    assert made.new_tokens == output.shape[1] - 1
+    assert made.text == tokenizer.decode(output[0, 1:], skip_special_tokens=True)
+
+
+def test_settings_of_the_model_for_several_texts_give_one(tokenizer):
+    model = tiny_model("mixtral")
+    expected = generate(model, tokenizer, PROMPT, max_new_tokens=4).text
+    model.generation_config.update(num_beams=3, num_return_sequences=2, return_dict_in_generate=True)
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=4).text == expected
+
+
+def test_scores_that_are_not_numbers_are_no_text(tokenizer):
+    model = tiny_model("mixtral")
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(CheckpointError, match="not numbers"):
+        generate(model, tokenizer, PROMPT)
+
+
+def test_the_tokenizer_of_another_model(tokenizer):
+    with pytest.raises(CheckpointError, match="the token 5, and the model knows 5"):
+        generate(tiny_model("mixtral", vocab_size=5), tokenizer, PROMPT)
 
 
 def test_a_model_that_writes_no_text_is_not_supported(model, tokenizer):

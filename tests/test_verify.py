@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from moerunner import models  # noqa: E402
-from moerunner.errors import SpecError, UnsupportedError  # noqa: E402
+from moerunner.errors import CheckpointError, SpecError, UnsupportedError  # noqa: E402
 from moerunner.models import adapt  # noqa: E402
 from moerunner.runner import MoERunner  # noqa: E402
 from moerunner.values import TopK  # noqa: E402
@@ -306,6 +306,13 @@ def test_an_infinite_correction_bias_is_named():
     name = blocks_of(model)[0]
     model.get_submodule(name).gate.e_score_correction_bias[0] = math.inf
     assert damaged_weights(model) == [f"{name}.gate.e_score_correction_bias: 1 of 8 values are not finite"]
+
+
+def test_a_model_that_transformers_cannot_run_is_bad_input(monkeypatch):
+    model = tiny_model("mixtral")
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda **_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(CheckpointError, match="MixtralForCausalLM: does not run with Transformers' own code: RuntimeError"):
+        verify(model)
 
 
 def test_a_model_without_moe_blocks_is_not_supported():

@@ -56,5 +56,12 @@ class DistributedError(MoEError, RuntimeError):
     """A rank failed, or ranks disagree."""
 
 
+class Changed(Exception):
+    """A source of weights declines: its module is no longer what the runner was made for; the message says how.
+
+    Not an error by itself: the module's own forward is right then.
+    """
+
+
 class ReferenceWarning(UserWarning):
     """Transformers' code of a block is none that its family was verified with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from moerunner.experts.base import ExpertsCall
 from moerunner.experts.functional import check_ids
 from moerunner.experts.registry import get
 from moerunner.ops.activation import rms_norm
-from moerunner.ops.precision import linear, wide
+from moerunner.ops.precision import Product, linear, linear_by_blocks, wide
 from moerunner.ops.route import gate_logits, route
 from moerunner.parallel import allgather, alltoall, local
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import Pair, SlotMap, Trip
-from moerunner.parallel.rows import Work, joined
+from moerunner.parallel.rows import SideStream, Work, beside, joined
 from moerunner.plan import Plan, Step
 from moerunner.quant import dequantized
 from moerunner.shared import SharedExperts
@@ -69,17 +70,26 @@ class Verbs:
             output="summed" if self._experts_step.sums else "rows",
             down_bias=comm.coordinates["tp"] == 0 or grad,
             scale=self.spec.routed_scaling_factor if self._experts_step.scales else 1.0,
+            batch_invariant=plan.options.batch_invariant,
         )
+        self._product = linear_by_blocks if plan.options.batch_invariant else linear
         shared, zero = plan.step("shared"), plan.step("zero")
         self._shared = None
         if shared is not None and self.spec.shared is not None:
             first = all(comm.coordinates[a] == 0 for a in shared.axes)
-            self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad)
+            self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=self._product)
+        self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()
         self._zero_factor = None
         if zero is not None:
             self._zero_factor = self.spec.routed_scaling_factor if zero.scales else 1.0
         self._adds_bias = grad or all(comm.coordinates[a] == 0 for a in self._only("join").axes)
         self.spread = Spread(plan, comm) if grad else _as_it_is
+
+    def agree(self, w: LayerWeights) -> torch.dtype:
+        """Raises on every rank unless all run this plan on weights of the same shapes. The dtype it is for."""
+        if self._comm.layout.world > 1:
+            self._comm.same({**self.plan.facts(), "weights": {name: meta.shape for name, meta in w.meta().items()}})
+        return self.dtype
 
     def _only(self, verb: str) -> Step:
         step = self.plan.step(verb)
@@ -121,7 +131,7 @@ class Verbs:
             norm = spec.experts.row_norm
             assert norm is not None
             return lambda y, w: rms_norm(y, _cut(w.experts[0].get("row_norm"), norm.features), norm)
-        return lambda y, w: _transform(s.verb, spec.transforms()[s.verb], y, w, self.dtype)
+        return lambda y, w: _transform(s.verb, spec.transforms()[s.verb], y, w, self.dtype, self._product)
 
     def route(
         self,
@@ -154,12 +164,12 @@ class Verbs:
                 wanted = [x_TH.shape[0], spec.hidden_size]
                 raise SpecError(f"has shape {list(seen.shape)}, expected {wanted}", where="router_input")
             if routing.input_transform is not None:
-                seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype)
+                seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype, self._product)
             gate, bias = w.tensors["gate"], w.tensors.get("gate_bias")
             if 0 < seen.shape[0] <= self._gate_tokens and seen.dtype != torch.float64:
                 logits, product = seen, {"gate": gate, "gate_bias": bias}
             else:
-                logits = gate_logits(seen, gate, bias, routing)
+                logits = gate_logits(seen, gate, bias, routing, self._product)
         get, sets = w.tensors.get, range(routing.modalities)
         double = logits is not None and logits.dtype == torch.float64  # a caller's, which one launch would round to float32
         return (route if double else self._rule)(
@@ -206,9 +216,14 @@ class Verbs:
             shared = None if shared is None else shared * spec.routed_scaling_factor
         return dataclasses.replace(topk, ids=ids, weights=weights, scaled=self._scales_weights, shared_weights=shared)
 
-    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Tensor | None:
-        """The shared experts on the caller's tokens."""
-        return None if self._shared is None else self._shared(x_TH, w.tensors, topk.shared_weights)
+    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Work[Tensor | None]:
+        """The shared experts on the caller's tokens, under way where the plan has them on a side stream."""
+        if self._shared is None:
+            return Work(lambda: None)
+        if 0 < x_TH.shape[0] <= self._side_tokens:
+            return beside(partial(self._shared, x_TH, w.tensors, topk.shared_weights), self._side, x_TH, topk.shared_weights)
+        y = self._shared(x_TH, w.tensors, topk.shared_weights)
+        return Work(lambda: y)
 
     def zero(self, x_TH: Tensor, topk: TopK) -> Tensor | None:
         """The identity experts: x times the weights of the slots that chose one."""
@@ -353,13 +368,13 @@ def _per_token(name: str, values: Tensor | None, tokens: int, allowed: Tensor | 
     return values.reshape(-1)
 
 
-def _transform(name: str, spec: TransformSpec, y: Tensor, w: LayerWeights, dtype: torch.dtype) -> Tensor:
+def _transform(name: str, spec: TransformSpec, y: Tensor, w: LayerWeights, dtype: torch.dtype, product: Product) -> Tensor:
     """Linear operations run in the layer's dtype, float16 ones in float32 so that a large sum does not overflow."""
     for i, op in enumerate(spec.ops):
         weight = w.tensors.get(f"{name}.{i}.weight")
         if isinstance(op, Linear):
             assert weight is not None
-            y = linear(wide(y) if dtype == torch.float16 else y.to(dtype), weight, w.tensors.get(f"{name}.{i}.bias"))
+            y = product(wide(y) if dtype == torch.float16 else y.to(dtype), weight, w.tensors.get(f"{name}.{i}.bias"))
         elif isinstance(op, RMSNorm):
             y = rms_norm(y, weight, op)
         else:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from moerunner.errors import SpecError, UnsupportedError
+from moerunner.errors import CheckpointError, SpecError, UnsupportedError
+from moerunner.parallel.group import TorchComm
+from moerunner.parallel.layout import BoundLayout
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
-    same_on_all_ranks: bool = False,
+    layout: BoundLayout | None = None,
 ) -> Generated:
     """Continues a prompt: greedily, or by sampling if a temperature above 0 is given.
 
@@ -47,8 +49,8 @@ def generate(
         model: a Transformers model, patched or not. tokenizer: its tokenizer.
         top_p, top_k: narrow the sampling, as in Transformers. seed: makes sampling repeatable; PyTorch's seed is set to it.
         stream: called with each piece of text as soon as its words are complete.
-        same_on_all_ranks: every rank of the process group calls this with the same prompt, and rank 0 decides: its scores of
-            each token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
+        layout: of a model on several ranks, all of which call this with the same prompt. Rank 0 decides: its scores of each
+            token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
     """
     sampling = _sampling(temperature, top_p, top_k)
     if max_new_tokens < 1:
@@ -57,17 +59,22 @@ def generate(
         raise UnsupportedError("is not a model that generates text", where=type(model).__name__)
     inputs = tokenizer(prompt or tokenizer.bos_token or "", return_tensors="pt").to(model.device)
     prompt_tokens = inputs["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit, known = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
     if not prompt_tokens:
         raise SpecError("is empty", where="the prompt", next_step="Give at least one word")
+    if known is not None and inputs["input_ids"].max() >= known:
+        what = f"gives the token {int(inputs['input_ids'].max())}, and the model knows {known}"
+        raise CheckpointError(what, where="the tokenizer", next_step="Tokenizer and weights must be of one and the same model")
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise SpecError(
             f"{prompt_tokens} tokens and {max_new_tokens} new ones are more than the {limit} that the model was made for",
             where="the prompt",
             next_step=f"Ask for at most {max(0, limit - prompt_tokens)} new tokens, or shorten the prompt",
         )
-    if same_on_all_ranks and sampling["do_sample"]:
-        seed = int(_of_rank_0(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
+    ranks = layout.comm if layout is not None and isinstance(layout.comm, TorchComm) else None
+    if ranks is not None and sampling["do_sample"]:
+        seed = int(ranks.broadcast(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
     if seed is not None:
         torch.manual_seed(seed)
     streamer = _streamer(tokenizer, stream)
@@ -79,11 +86,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         streamer=streamer,
-        logits_processor=[lambda _, scores: _of_rank_0(scores)] if same_on_all_ranks else None,
+        logits_processor=[_numbers, *([lambda _, scores: ranks.broadcast(scores)] if ranks is not None else [])],
+        num_beams=1,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
         **sampling,
     )
     seconds = time.perf_counter() - start
-    new = output[0, prompt_tokens:]
+    new = output[0, 1 if model.config.is_encoder_decoder else prompt_tokens :]
     first = streamer.first_token - start
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -107,10 +117,12 @@ def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dic
     return {"do_sample": True, "temperature": temperature, **narrowed}
 
 
-def _of_rank_0(x: torch.Tensor) -> torch.Tensor:
-    x = x.contiguous()
-    torch.distributed.broadcast(x, src=0)
-    return x
+def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of the next token, which must be numbers: any token could be the best of what is not."""
+    if scores.isnan().any():
+        what = "gives scores that are not numbers (NaN)"
+        raise CheckpointError(what, where="the model", next_step="moerunner verify says whether its weights are damaged")
+    return scores
 
 
 def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:

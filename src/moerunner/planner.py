@@ -111,16 +111,19 @@ def look_up(path: str | None, family: str | None, dtype: torch.dtype | None = No
 
 
 def read_trace(path: str | Path) -> list[list[float]]:
-    """Loads of one or several layers from a JSON file: a list with a number for each expert, or a list of such lists.
+    """Loads of one or several layers from a JSON file: a list with a number for each expert, a list of such lists, or what
+    `moerunner route --json` prints.
 
     Raises:
         SpecError: the file holds something else.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"is not JSON ({error})", where=str(path)) from error
-    layers = [data] if isinstance(data, list) and data and not isinstance(data[0], list) else data
+    if isinstance(data, dict) and isinstance(data.get("layers"), list):
+        data = [layer.get("load") if isinstance(layer, dict) else layer for layer in data["layers"]]
+    layers: Any = [data] if isinstance(data, list) and data and not isinstance(data[0], list) else data
     good = isinstance(layers, list) and layers and all(isinstance(row, list) and row for row in layers)
     if not good or not all(_is_load(n) for row in layers for n in row) or not all(map(any, layers)):
         what = "is not a list with a load of at least 0 for each expert, some above 0, nor a list of such lists"

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from moerunner.errors import SpecError, UnsupportedError, WeightsError
 from moerunner.execute import Verbs
 from moerunner.parallel.balance import LoadCounter
-from moerunner.parallel.comm import comm_of
+from moerunner.parallel.comm import comm_of, on_every_rank
 from moerunner.parallel.cut import local_part
 from moerunner.parallel.layout import BoundLayout, Layout
 from moerunner.parallel.move import rebalanced
 from moerunner.parallel.pairs import SlotMap
 from moerunner.plan import Options, resolve
 from moerunner.spec import MoESpec
-from moerunner.values import LayerWeights, TopK
+from moerunner.values import LayerWeights, TopK, register
 
 Source = Callable[[], LayerWeights]
 
@@ -54,14 +54,15 @@ class MoERunner(nn.Module):
         if isinstance(weights, Mapping):
             weights = LayerWeights.of(spec, weights)
         if isinstance(weights, LayerWeights):
-            self._template = _own(self, local_part(weights, spec, self._comm, self._slots))
+            self._template = register(self, local_part(weights, spec, self._comm, self._slots))
             self._source: Source | None = None
         else:
             self._source = weights
         self._verbs: dict[tuple[str, torch.dtype, bool], Verbs] = {}
-        self._agreed = self._comm.layout.world == 1
+        self._agreed: set[torch.dtype] = set()
         self.plan = self._resolve(self.layer_weights(), bool(self.options.grad)).plan
 
+    @on_every_rank
     def forward(
         self,
         x: Tensor,
@@ -110,7 +111,7 @@ class MoERunner(nn.Module):
         routed = v.trim(routed, w)
         routed = v.scale(routed, w)
         routed = v.output_transform(routed, w)
-        out = v.join(routed, shared, zero, w)
+        out = v.join(routed, shared.wait(), zero, w)
         out = v.final_transform(out, w)
         out = v.finish(out, w)
         return out if v.plan.wanted == "shard" else out.reshape(x.shape)
@@ -125,6 +126,7 @@ class MoERunner(nn.Module):
         """The plan: every step, its kernel and why, every kernel refused, the collectives and their bytes."""
         return self.plan.explain()
 
+    @on_every_rank
     def rebalance(self, placement: tuple[tuple[int, ...], ...]) -> None:
         """Moves the experts to another `Layout.placement`, see `parallel.balance.placement`; every rank must call it.
 
@@ -133,8 +135,8 @@ class MoERunner(nn.Module):
         if self._source is not None:
             raise UnsupportedError("the experts belong to another module", where="rebalance", next_step="Give it weights")
         w, self._comm, self._slots = rebalanced(self.layer_weights(), self._comm, self._slots, placement)
-        self._template = _own(self, w)
-        self._verbs, self._agreed = {}, False
+        self._template = register(self, w)
+        self._verbs, self._agreed = {}, set()
         self.plan = self._resolve(w, bool(self.options.grad)).plan
 
     def layer_weights(self) -> LayerWeights:
@@ -169,9 +171,8 @@ class MoERunner(nn.Module):
         if grad is None:
             grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
         verbs = self._verbs.get((x.device.type, x.dtype, grad)) or self._resolve(w, grad, x)
-        if not self._agreed:
-            self._comm.same(f"{verbs.plan.fingerprint} {[(n, m.shape) for n, m in sorted(w.meta().items())]}")
-            self._agreed = True
+        if x.dtype not in self._agreed:
+            self._agreed.add(verbs.agree(w))
         return verbs, x.reshape(-1, self.spec.hidden_size)
 
     def _resolve(self, w: LayerWeights, grad: bool, x: Tensor | None = None) -> Verbs:
@@ -181,19 +182,3 @@ class MoERunner(nn.Module):
         verbs = Verbs(plan, self._comm, self._slots)
         self._verbs[device, verbs.dtype, grad] = verbs
         return verbs
-
-
-def _own(module: nn.Module, w: LayerWeights) -> LayerWeights:
-    """Registers every tensor with the module, under its name with dots as underscores."""
-
-    def register(name: str, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(name, tensor)
-        else:
-            module.register_buffer(name, tensor)
-        return tensor
-
-    for name, function in w.functions.items():
-        if isinstance(function, nn.Module):
-            module.add_module(name.replace(".", "_"), function)
-    return w.map(register)

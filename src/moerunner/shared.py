@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moerunner.ops.activation import activate, gated
-from moerunner.ops.precision import linear, wide
+from moerunner.ops.precision import Product, linear, wide
 from moerunner.spec import SharedSpec
 
 _OF_MLP = ("shared_w13", "shared_gate_proj", "shared_up_proj", "shared_w2")
@@ -19,11 +19,11 @@ class SharedExperts:
 
     w13 is one tensor of gate rows then up rows, or two tensors `shared_gate_proj` and `shared_up_proj` (their biases have
     `_bias` behind the name). Without a router gate all of them are one MLP. `adds_bias`: this rank adds the down bias (one
-    rank of a sharded group does).
+    rank of a sharded group does). `product`: what multiplies, `linear` or one that is batch invariant.
     """
 
-    def __init__(self, spec: SharedSpec, *, adds_bias: bool = True) -> None:
-        self.spec, self.adds_bias = spec, adds_bias
+    def __init__(self, spec: SharedSpec, *, adds_bias: bool = True, product: Product = linear) -> None:
+        self.spec, self.adds_bias, self._product = spec, adds_bias, product
 
     def __call__(self, x_TH: Tensor, tensors: Mapping[str, Tensor], shared_weights_TS: Tensor | None = None) -> Tensor:
         """[T, H] in float32 (float64 for float64 tokens)."""
@@ -35,16 +35,16 @@ class SharedExperts:
             return torch.stack(parts).sum(0)
         y = wide(self._mlp(x_TH, tensors))
         gate = tensors.get("shared_gate")
-        return y if gate is None else y * torch.sigmoid(wide(linear(x_TH, gate)))
+        return y if gate is None else y * torch.sigmoid(wide(self._product(x_TH, gate, None)))
 
     def _mlp(self, x_TH: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         spec, b13 = self.spec, tensors.get("shared_b13")
         if "shared_w13" in tensors:
-            h = linear(x_TH, tensors["shared_w13"], b13)
+            h = self._product(x_TH, tensors["shared_w13"], b13)
             h = activate(h, spec.activation, gate_up="concat" if spec.gated else "none")
         else:
             names = ("shared_gate_proj", "shared_up_proj")
             biases = [tensors.get(f"{name}_bias") for name in names] if b13 is None else b13.chunk(2)
-            gate, up = (linear(x_TH, tensors[name], bias) for name, bias in zip(names, biases, strict=True))
+            gate, up = (self._product(x_TH, tensors[name], bias) for name, bias in zip(names, biases, strict=True))
             h = gated(gate, up, spec.activation)
-        return linear(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)
+        return self._product(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)

@@ -32,20 +32,25 @@ def cli(capsys):
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A tiny DeepSeek-V3 with a tokenizer that has one token for each byte."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from moerunner.verify import tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model = tiny_model("deepseek_v3")
     model.save_pretrained(folder)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
+    bytewise(folder)
     return folder
+
+
+def bytewise(folder):
+    """Puts a tokenizer with one token for each byte into a folder."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
 
 
 @pytest.fixture

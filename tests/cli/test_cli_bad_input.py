@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one line that says what and what next, the right exit code, no traceback."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -27,16 +28,17 @@ def change_weights(folder, change):
 
 
 def reading(verb, cli):
-    return lambda path: cli(verb, path, *(["abc"] if verb == "generate" else []))
+    more = {"generate": ["abc"], "serve": ["--port", 0]}.get(verb, [])
+    return lambda path: cli(verb, path, *more)
 
 
-@pytest.fixture(params=["verify", "generate", "inspect"])
+@pytest.fixture(params=["verify", "generate", "inspect", "serve", "route"])
 def on(request, cli):
     """Each verb that reads a folder."""
     return reading(request.param, cli)
 
 
-@pytest.fixture(params=["verify", "generate"])
+@pytest.fixture(params=["verify", "generate", "serve", "route"])
 def loading(request, cli):
     """Each verb that needs the weights."""
     return reading(request.param, cli)
@@ -122,6 +124,14 @@ def test_a_model_of_which_moerunner_would_run_nothing_is_not_generated_with(cli,
     refused(cli("generate", tmp_path / "llama", "abc"), 3, "llama", "no MoE block", "--allow-unpatched")
 
 
+@pytest.mark.parametrize("verb", ["serve", "route"])
+def test_nor_is_it_served_or_measured(cli, tmp_path, verb):
+    from moerunner.verify import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    refused(reading(verb, cli)(tmp_path / "llama"), 3, "llama", "no MoE block")
+
+
 def test_a_model_type_that_transformers_does_not_know(on, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
@@ -144,6 +154,39 @@ def test_a_weight_that_is_not_finite_is_a_mismatch(cli, folder):
     outcome = cli("verify", folder)
     assert outcome.code == 1
     assert "model.layers.1.mlp.shared_experts.up_proj.weight: 1 of" in outcome.out
+
+
+@pytest.mark.parametrize("key", ["model", "decoder", "post_processor"])
+def test_a_damaged_tokenizer(cli, folder, key):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 1}))
+    for verb in (["generate", folder, "abc"], ["verify", folder]):
+        refused(cli(*verb), 2, str(folder), "has a tokenizer that cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("eos_token_id", "x"), ("eos_token_id", [1.5]), ("output_hidden_states", -0.5), ("use_cache", "no")]
+)
+def test_settings_for_generation_that_are_of_another_kind(loading, folder, key, value):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    refused(loading(folder), 2, "generation_config.json", f"{key} = {value!r}")
+
+
+@pytest.mark.parametrize("value", [4, False, {"a": 1}])
+def test_a_dtype_that_is_none(on, folder, value):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": value}))
+    refused(on(folder), 2, "config.json", f"dtype {value!r}")
+
+
+@pytest.mark.parametrize("value", [1, {"format": -1}])
+def test_notes_in_a_header_that_are_no_text(on, folder, value):
+    data = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": value}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    refused(on(folder), 2, WEIGHTS, "__metadata__")
 
 
 def test_a_folder_without_a_tokenizer(cli, folder):
@@ -179,6 +222,71 @@ def test_generate_with_options_that_cannot_work(cli, saved, args, words):
     refused(cli("generate", saved, "abc", *args), 2, *words)
 
 
+def test_a_port_in_use_is_told_before_anything_is_loaded(cli, saved, monkeypatch):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        refused(cli("serve", saved, "--port", other.getsockname()[1]), 2, "in use", "--port")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--host", "203.0.113.7"], ["203.0.113.7", "cannot listen"]),
+        (["--host", "no such host"], ["no such host", "cannot listen"]),
+        (["--api-key", ""], ["--api-key"]),
+        (["--api-key", "clé"], ["--api-key"]),
+        (["--chat-template", "nowhere.jinja"], ["nowhere.jinja", "No such file"]),
+        (["--chat-template", "BROKEN"], ["BROKEN", "is no chat template"]),
+    ],
+)
+def test_serve_with_options_that_cannot_work(cli, saved, tmp_path, monkeypatch, args, words):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BROKEN").write_text("{% for %}")
+    refused(cli("serve", saved, "--port", 0, *args), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--text", "nowhere.txt"], ["nowhere.txt", "No such file", "--text"]),
+        (["--text", "."], ["directory"]),
+        (["--text", "bytes"], ["bytes", "UTF-8", "byte 1"]),
+        (["--text", "empty"], ["empty", "no tokens"]),
+        (["--plot", "loads.gif"], ["loads.gif", ".png"]),
+        (["--plot", "nowhere/loads.png"], ["nowhere", "does not exist"]),
+        (["--plot", "folder.png"], ["folder.png", "cannot be written"]),
+    ],
+)
+def test_route_with_files_that_cannot_be_read_or_written(cli, saved, tmp_path, monkeypatch, args, words):
+    from moerunner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder.png").mkdir()
+    refused(cli("route", saved, *args), 2, *words)
+    assert {file.name for file in tmp_path.iterdir()} == {"bytes", "empty", "folder.png"}
+
+
+def test_a_picture_that_fails_leaves_nothing(cli, saved, tmp_path, monkeypatch):
+    from moerunner.loads import plot
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot.Path, "replace", fails)
+    outcome = cli("route", saved, "--tokens", 32, "--plot", tmp_path / "loads.png")
+    assert outcome.code == 4
+    assert "No space left" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_prompt(cli, saved):
     refused(cli("generate", saved, ""), 2, "prompt")
 
@@ -209,6 +317,13 @@ def test_a_device_that_is_not_here(cli):
         ["inspect", "somewhere", "--tp", "two"],
         ["inspect", "somewhere", "--dtype", "int8"],
         ["families", "somewhere"],
+        ["serve"],
+        ["serve", "somewhere", "--port", "70000"],
+        ["serve", "somewhere", "--port", "http"],
+        ["serve", "somewhere", "--max-running", "0"],
+        ["serve", "somewhere", "--context", "1"],
+        ["route"],
+        ["route", "somewhere", "--tokens", "none"],
         ["no_such_verb"],
     ],
 )

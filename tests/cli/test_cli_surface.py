@@ -1,10 +1,12 @@
 """The verbs and options are a promise: a change to them must change this file."""
 
 import math
+import os
 import resource
 import subprocess
 import sys
 
+import pytest
 import typer.main
 
 from moerunner.cli import app
@@ -44,6 +46,26 @@ SURFACE = {
         "--json",
         "--debug",
     },
+    "serve": {
+        "path",
+        "--host",
+        "--port",
+        "--name",
+        "--api-key",
+        "--chat-template",
+        "--max-new-tokens",
+        "--max-running",
+        "--max-waiting",
+        "--max-body",
+        "--context",
+        "--cache-tokens",
+        "--dtype",
+        "--device",
+        "--allow-unpatched",
+        "--json",
+        "--debug",
+    },
+    "route": {"path", "--text", "--plot", "--tokens", "--dtype", "--device", "--json", "--debug"},
     "inspect": {"path", "--ep", "--tp", "--dtype", "--device", "--explain", "--json", "--debug"},
     "plan": {
         "--ranks",
@@ -76,6 +98,27 @@ def test_the_verbs_and_their_options_are_these():
         for name, verb in verbs.items()
     }
     assert found == SURFACE
+    root = {opt for param in typer.main.get_command(app).params for opt in param.opts}
+    assert root == {"--version", "--install-completion", "--show-completion"}
+
+
+def test_every_verb_speaks_json_and_can_be_debugged():
+    assert all({"--json", "--debug"} <= options for options in SURFACE.values())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_and_options(shell):
+    """The script that a shell is given asks the program itself."""
+
+    def asked(**variables):
+        run = [sys.executable, "-m", "moerunner"]
+        return subprocess.run(run, env=os.environ | variables, capture_output=True, text=True, timeout=60).stdout
+
+    assert "_MOERUNNER_COMPLETE" in asked(_MOERUNNER_COMPLETE=f"source_{shell}")
+    words = {"bash": {"COMP_WORDS": "moerunner ins", "COMP_CWORD": "1"}}.get(
+        shell, {"_TYPER_COMPLETE_ARGS": "moerunner ins", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    )
+    assert "inspect" in asked(_MOERUNNER_COMPLETE=f"complete_{shell}", **words)
 
 
 def test_every_option_says_what_it_does():

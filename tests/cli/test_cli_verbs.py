@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moerunner.cli import demo, env, shell
+from moerunner.cli import demo, drawing, env, shell
 from moerunner.runner import MoERunner
 
 FEW = ("--tokens", 24, "--oracle-tokens", 2)
@@ -319,16 +319,70 @@ def test_long_cells_are_wrapped_where_asked_for(capsys, monkeypatch):
     assert max(map(len, out.splitlines())) <= 40
 
 
+class Layer:
+    name, load, imbalance = "layer", [0, 4, 8], 2.0
+
+
 def test_bars_in_a_terminal_without_unicode(capsys, monkeypatch):
-    class Layer:
-        name, load, imbalance = "layer", [0, 4, 8], 2.0
-
-    class Report:
-        layers = [Layer]
-
-    monkeypatch.setattr(demo, "encoding", lambda: "ascii")
-    demo.show_load(shell.Screen(), Report)
+    monkeypatch.setattr(drawing, "encoding", lambda: "ascii")
+    drawing.show_loads(shell.Screen(), [Layer])
     assert " 48" in capsys.readouterr().out
+
+
+def test_loads_in_colour_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(shell.Screen, "drawing", True)
+    monkeypatch.setenv("COLUMNS", "60")
+    many = type("Layer", (), {"name": "wide", "load": list(range(300)), "imbalance": 2.0})
+    drawing.show_loads(shell.Screen(), [Layer, many])
+    out = capsys.readouterr().out
+    assert "66.7%" in out
+    assert "the busiest expert of the layer" in out
+    assert max(map(len, out.splitlines())) <= 60
+    assert drawing.levels([0, 1, 4, 8], 4) == [0, 1, 4, 8]
+    assert drawing.levels([0, 1, 4, 8], 2) == [1, 8], "of two neighbours the busier"
+
+
+def test_inspect_draws_a_tree_on_a_terminal(cli, saved, monkeypatch):
+    plain = cli("inspect", saved, "--ep", 2).out
+    monkeypatch.setattr(shell.Screen, "drawing", True)
+    monkeypatch.setenv("COLUMNS", "200")
+    drawn = cli("inspect", saved, "--ep", 2).out
+    assert "model.layers  □■■" in drawn
+    assert "█ routed" in drawn
+    facts = [line.strip() for line in plain.splitlines() if line.startswith("  ")]
+    assert facts
+    squeezed = " ".join(drawn.split())
+    assert all(" ".join(fact.split()) in squeezed for fact in facts)
+
+
+def test_route_for_people_and_for_machines(cli, saved, tmp_path):
+    (tmp_path / "text").write_text("def f(x):\n    return x\n" * 40)
+    outcome = cli("route", saved, "--text", tmp_path / "text", "--tokens", 300)
+    assert (outcome.code, outcome.err) == (0, "")
+    for words in ("300 tokens (text) through 2 MoE layers", "model.layers.2.mlp", "busiest / mean", " of 8"):
+        assert words in outcome.out
+    data = parsed(cli("route", saved, "--text", tmp_path / "text", "--tokens", 300, "--json"))
+    assert (data["ok"], data["tokens"], data["files"]) == (True, 300, [])
+    for layer in data["layers"]:
+        assert sum(layer["load"]) == 2 * 300
+    (tmp_path / "loads.json").write_text(json.dumps(data))
+    speeds = ("--nvlink", 450, "--net", 50, "--hbm", 4800, "--tflops", 900)
+    planned = cli("plan", "--config", saved, "--ranks", 2, *speeds, "--trace", tmp_path / "loads.json")
+    assert planned.code == 0, "what route measures, plan takes"
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_route_draws_and_puts_the_numbers_beside(cli, saved, tmp_path, suffix, begins):
+    pytest.importorskip("matplotlib")
+    outcome = cli("route", saved, "--tokens", 64, "--plot", tmp_path / f"loads{suffix}")
+    assert outcome.code == 0
+    assert (tmp_path / f"loads{suffix}").read_bytes().startswith(begins)
+    lines = (tmp_path / "loads.csv").read_text().splitlines()
+    assert lines[0] == "layer,expert,tokens,share,weight"
+    assert len(lines) == 1 + 2 * 8
+    assert sum(int(line.split(",")[2]) for line in lines[1:]) == 2 * 2 * 64
+    assert (tmp_path / "loads.pairs.csv").read_text().startswith("layer,expert,other,tokens,lift\n")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def moerunner(*args, **options):

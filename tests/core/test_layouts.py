@@ -334,7 +334,7 @@ def test_ranks_that_disagree_are_told_before_the_first_collective(other):
         odd = other if bound.comm.rank == 1 else {}
         spec = odd.get("spec", BASE)
         runner = MoERunner(spec, make_weights(spec, 0), bound, odd.get("options", Options()))
-        with torch.no_grad(), pytest.raises(DistributedError, match=r"ranks \[1\] disagree with rank 0"):
+        with torch.no_grad(), pytest.raises(DistributedError, match="rank 1 disagrees with rank 0"):
             runner(torch.randn(2, 16))
         return tuple(bound.comm.log)
 

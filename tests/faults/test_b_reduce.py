@@ -565,7 +565,7 @@ def test_B20_ranks_that_built_different_layers_say_so_before_they_exchange_anyth
     def main(bound):
         odd = bound.comm.rank == 1
         spec = make_spec(factor=2.5, on_output=odd, shared=SHARED)
-        with pytest.raises(DistributedError, match=r"ranks \[1\] disagree with rank 0"):
+        with pytest.raises(DistributedError, match="rank 1 disagrees with rank 0"):
             MoERunner(spec, weights[odd], bound)(tokens())
         return len(bound.comm.log)
 

@@ -22,6 +22,7 @@ from helpers import (
 )
 
 from moerunner import Linear, MoERunner, Options, TransformSpec, UnsupportedError
+from moerunner.experts import eager
 from moerunner.experts.registry import get
 from moerunner.ops.reference import reference
 from moerunner.values import LayerWeights, TopK
@@ -120,6 +121,23 @@ def test_F2_a_kernel_that_declares_it_is_taken():
     with toy_backend(batch_invariant=True, priority={"cpu": -1}):
         runner = MoERunner(spec, make_weights(spec), options=Options(batch_invariant=True))
         assert runner.plan.backend == "toy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_F2_no_product_of_the_layer_depends_on_the_batch(dtype):
+    """The gate's, the shared experts' and a transform's too, beside experts that run token by token."""
+
+    def by_token(x, topk, weights, call):
+        parts = zip(x.split(1), topk.ids.split(1), topk.weights.split(1), strict=True)
+        return torch.cat([eager.run(a, TopK(ids, w, space="physical"), weights, call) for a, ids, w in parts])
+
+    spec = make_spec(factor=2.5, shared=SHARED, output_transform=SMALLER)
+    weights, x = make_weights(spec, dtype=dtype), tokens(130, dtype=dtype)
+    with toy_backend(by_token, batch_invariant=True):
+        runner = MoERunner(spec, weights, options=Options(backend="toy", batch_invariant=True))
+        whole = runner(x)
+        for rows in (slice(0, 1), slice(128, 130), slice(0, 70)):
+            assert torch.equal(runner(x[rows]), whole[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

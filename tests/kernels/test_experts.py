@@ -1,13 +1,18 @@
 """Every kernel path against float64: activations, biases, layouts, strides, dtypes, outputs, slots without an expert."""
 
+import dataclasses
+
+import numpy
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from cases import TILES, case, error
 
+from moerunner.experts import triton as backend
 from moerunner.kernels.experts import FINAL, triton_experts
 from moerunner.spec import ActivationSpec
+from moerunner.values import TopK
 
 ACTIVATIONS = {
     "silu": ActivationSpec(),
@@ -123,6 +128,24 @@ def test_same_bits_every_run(device, path):
     assert torch.equal(c.kernel(TILES[path]), c.kernel(TILES[path]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_tokens_bits_do_not_depend_on_the_batch(device, dtype, monkeypatch):
+    """Alone, in other company, in other places of a tile, beside another number of tokens."""
+    if device == "cpu":  # NumPy's product, which stands for the matrix unit, sums a row by its place in the tile
+        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: numpy.einsum("mk,kn->mn", a, b, dtype=dtype))
+    c = case(device, dtype, tokens=90, experts=2, top_k=2, bias=True, skip=False, hidden=136)
+    whole, order = _batch_invariant(c, range(90)), torch.randperm(90).tolist()
+    assert error(whole, c.exact()) <= c.bound()
+    for rows in ([0], [89], [7, 3], list(range(40, 75)), order):
+        assert torch.equal(_batch_invariant(c, rows), whole[list(rows)])
+
+
+def _batch_invariant(c, rows):
+    rows = list(rows)
+    topk = TopK(c.topk.ids[rows], c.topk.weights[rows])
+    return backend.run(c.x[rows], topk, c.weights, dataclasses.replace(c.call, batch_invariant=True))
+
+
 def test_tokens_with_strides(device):
     c = case(device)
     wide = torch.zeros(2 * len(c.x), c.x.shape[1] + 8, device=device)
@@ -133,7 +156,7 @@ def test_tokens_with_strides(device):
 
 def _arguments(c):
     w, ids = c.weights, c.topk.ids
-    return (c.x, ids, c.topk.weights, w.w13, w.w2, None, None, 0, 0, 1.0, 0.0, 2.0, False, None, None, False, 1, 1.0)
+    return (c.x, ids, c.topk.weights, w.w13, w.w2, None, None, 0, 0, 1.0, 0.0, 2.0, False, None, None, False, 1, 1.0, False)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -143,8 +166,6 @@ def test_opcheck(device, tokens):
 
 
 def test_compiles_without_a_break(device):
-    from moerunner.experts import triton as backend
-
     c = case(device, skip=False)
 
     def layer(x):

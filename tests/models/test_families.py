@@ -124,11 +124,20 @@ def test_an_activation_that_is_not_offered():
 
 
 def test_groups_and_renormalisation_only_where_the_config_has_them():
-    assert groups(None, None) is None
-    assert groups(1, 1) is None
-    assert groups(8, 4) == GroupSpec(count=8, kept=4)
+    assert groups(None, None, experts=16, top_k=4) is None
+    assert groups(1, 1, experts=16, top_k=4) is None
+    assert groups(8, 4, experts=16, top_k=4) == GroupSpec(count=8, kept=4)
     assert renormalised(None) == renormalised(False) == {}
     assert renormalised(True, eps=1e-20) == {"renormalise": "sum", "eps": 1e-20}
+
+
+def test_groups_limit_nothing_where_every_expert_is_chosen():
+    assert groups(2, 1, experts=8, top_k=8) is None
+    for top_k, how in ((5, {}), (8, {"weighs_lost": False})):
+        with pytest.raises(
+            UnsupportedError, match=f"1 of 2 groups of 8 experts are kept, which hold fewer than the {top_k} chosen"
+        ):
+            groups(2, 1, experts=8, top_k=top_k, **how)
 
 
 def test_every_entry_states_where_the_factor_goes():

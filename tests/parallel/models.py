@@ -211,13 +211,13 @@ def wrong_layouts() -> dict[str, Any]:
 
 def sample_apart(folder: Path, layout: Layout) -> str:
     """The text of ranks that compute other scores and draw other numbers."""
-    model = moerunner.load(folder, layout=layout)
-    rank = torch.distributed.get_rank()
+    bound = layout.bind()
+    model, rank = moerunner.load(folder, layout=bound), bound.comm.rank
     torch.manual_seed(rank)
     head = model.get_output_embeddings().weight
     head.data += rank * torch.randn(head.shape)
     tokenizer = read_tokenizer(folder)
-    return generate(model, tokenizer, "def f(", max_new_tokens=12, temperature=1.0, same_on_all_ranks=True).text
+    return generate(model, tokenizer, "def f(", max_new_tokens=12, temperature=1.0, layout=bound).text
 
 
 def memory_of_loading(folder: Path, small: Path, layout: Layout) -> tuple[int, int]:

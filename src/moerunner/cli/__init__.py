@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 import moerunner
-from moerunner.cli import bench, demo, env, families, generate, inspect, plan, verify
+from moerunner.cli import bench, demo, env, families, generate, inspect, plan, route, serve, verify
 
 app = typer.Typer(
     name="moerunner",
-    add_completion=False,
     rich_markup_mode=None,  # plain help: readable in a pipe, and rich is not imported for it
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -34,7 +33,7 @@ def root(
     """
 
 
-for verb in (demo, inspect, plan, verify, generate, bench, families, env):
+for verb in (demo, inspect, plan, verify, generate, serve, route, bench, families, env):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli.drawing import show_loads
 from moerunner.cli.generate import load_tokenizer, speed
 from moerunner.cli.shell import (
     MISMATCH,
@@ -65,7 +65,7 @@ def run(
     show(screen, report)
 
     screen.heading(f"Where {report.tokens} tokens of Python code go, one bar for each expert")
-    show_load(screen, report)
+    show_loads(screen, report.layers)
 
     screen.heading("What it writes")
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -117,19 +117,3 @@ def describe(model: Any, runners: dict[str, Any], log: dict[str, Any]) -> str:
         f"held-out loss, on files it has never seen: {log['heldout_loss']:.3f} {log['loss_unit']}, "
         f"{log['heldout_bits_per_byte']:.2f} bits per byte (by token frequency alone {log['heldout_unigram_entropy']:.3f})"
     )
-
-
-def encoding() -> str:
-    """What stdout can write."""
-    return (sys.stdout.encoding or "ascii").lower()
-
-
-def show_load(screen: Screen, report: Any) -> None:
-    """One bar per expert and layer."""
-    bars = " ▁▂▃▄▅▆▇█" if encoding().startswith("utf") else " 12345678"
-    rows = []
-    for layer in report.layers:
-        most, total = max(layer.load), sum(layer.load)
-        drawn = "".join(bars[-(-8 * n // most)] for n in layer.load)
-        rows.append([layer.name, drawn, f"{most / total:.1%}", f"{min(layer.load) / total:.1%}", f"{layer.imbalance:.2f}"])
-    screen.table(["layer", "load", "busiest", "idlest", "busiest / mean"], rows)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moerunner.cli.ranks import DpOption, EpOption, TpOption, bound_layout, device_of_rank
+from moerunner.cli.ranks import DpOption, EpOption, TimeoutOption, TpOption, bound_layout, device_of_rank
 from moerunner.cli.shell import (
     Answer,
     DebugOption,
@@ -44,6 +44,7 @@ def run(
     tp: TpOption = None,
     ep: EpOption = None,
     dp: DpOption = None,
+    timeout: TimeoutOption = TIMEOUT,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
@@ -54,7 +55,7 @@ def run(
     from moerunner.models.inspection import inspect
 
     screen = Screen(quiet=json)
-    bound = bound_layout(tp, ep, dp, timeout=TIMEOUT)
+    bound = bound_layout(tp, ep, dp, timeout=timeout)
     weights, where = torch_dtype(dtype), torch_device(device_of_rank(device, bound))
     looked_at = inspect(path, dtype=weights, device=where)
     if not allow_unpatched:
@@ -71,7 +72,7 @@ def run(
         top_k=top_k,
         seed=seed,
         stream=screen.write,
-        same_on_all_ranks=bound is not None,
+        layout=bound,
     )
     screen.say()
     report = model.moerunner_report
@@ -82,14 +83,16 @@ def run(
     return Answer({"ok": True, "model": path, "prompt": prompt, **made.to_dict(), "report": report.to_dict()})
 
 
-def refuse_without_a_block(found: Any) -> None:
-    """Generating with a model of which moerunner would run nothing is not what was asked for."""
+def refuse_without_a_block(
+    found: Any, step: str | None = "Give --allow-unpatched to run it with Transformers' own code"
+) -> None:
+    """Working with a model of which moerunner would run nothing is not what was asked for. step: the way round, if any."""
     if not found.kinds:
         reasons = [f"{name}: {reason}" for name, reason in found.left_alone.items()]
         raise UnsupportedError(
             f"moerunner would run no layer of this model ({'; '.join(reasons) or 'it has no MoE block'})",
             where=found.path,
-            next_step="Give --allow-unpatched to run it with Transformers' own code",
+            next_step=step or "moerunner families lists what it runs",
         )
 
 

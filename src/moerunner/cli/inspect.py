@@ -41,8 +41,11 @@ def run(
     screen = Screen(quiet=json)
     found = inspect(path, layout=Layout(ep=ep, tp=tp), dtype=torch_dtype(dtype), device=torch_device(device))
     show(screen, found)
+    if screen.drawing:
+        draw(found)
     for kind in found.kinds:
-        show_kind(screen, kind, found.layout)
+        if not screen.drawing:
+            show_kind(screen, kind, found.layout)
         if explain:
             screen.say(f"\n{kind.plan.explain()}")
     if found.left_alone:
@@ -72,6 +75,53 @@ def show(screen: Screen, found: Any) -> None:
 
 def show_kind(screen: Screen, kind: Any, layout: Any) -> None:
     """One kind of MoE layer."""
+    rows = facts(kind, layout)
+    screen.heading(title(kind))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        screen.say(f"  {name:<{width}}  {text}")
+
+
+def draw(found: Any) -> None:
+    """The model as a tree: its stacks with a square for each layer, and each kind of MoE layer with its memory as a bar."""
+    from rich.console import Console, Group
+    from rich.table import Table
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from moerunner.models.inspection import bytes_in_words as size
+
+    tree = Tree(Text(found.architecture, style="bold"), guide_style="dim")
+    for stack in found.stacks:
+        line = Text(f"{stack.name}  ")
+        for index in range(stack.layers):
+            moe = index in stack.moe
+            line.append("■" if moe else "□", style=_COLOURS["routed"] if moe else "dim")
+        tree.add(line.append("  ■ MoE  □ other", style="dim"))
+    for kind in found.kinds:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        for name, text in facts(kind, found.layout):
+            table.add_row(name, Text(text))
+        parts, total = kind.memory.to_dict(), kind.memory.total
+        bar, legend = Text(), Text()
+        for name, colour in _COLOURS.items():
+            if parts[name]:
+                bar.append("█" * max(1, round(60 * parts[name] / total)), style=colour)
+                legend.append(f"█ {name} {size(parts[name])}  ", style=colour)
+        tree.add(Text(title(kind), style="bold")).add(Group(table, bar, legend))
+    Console(markup=False, highlight=False).print(tree)
+
+
+_COLOURS = {"routed": "cyan", "shared": "green", "router": "yellow", "transforms": "magenta"}
+
+
+def title(kind: Any) -> str:
+    return f"{kind.name}, {kind.layers} {'layer' if kind.layers == 1 else 'layers'}"
+
+
+def facts(kind: Any, layout: Any) -> list[tuple[str, str]]:
+    """What is worth knowing about one kind of MoE layer, a line each."""
     from moerunner.models.inspection import bytes_in_words as size
 
     data = kind.to_dict()
@@ -92,13 +142,7 @@ def show_kind(screen: Screen, kind: Any, layout: Any) -> None:
     rows["kernel"] = f"{step.kernel}: {step.reason}"
     if step.few[0]:
         rows["kernel"] += f"; {step.few[1]} up to {step.few[0]} token{'s' * (step.few[0] > 1)}"
-    screen.heading(f"{kind.name}, {kind.layers} {'layer' if kind.layers == 1 else 'layers'}")
-    width = max(map(len, rows))
-    for name, text in rows.items():
-        if text:
-            screen.say(f"  {name:<{width}}  {text}")
-    for name, reason in step.refused:
-        screen.say(f"  {'':<{width}}  not {name}: {reason}")
+    return [(name, text) for name, text in rows.items() if text] + [("", f"not {n}: {why}") for n, why in step.refused]
 
 
 def many(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from moerunner.errors import SpecError
+from moerunner.errors import DistributedError, SpecError
 
 if TYPE_CHECKING:
     from moerunner.parallel.layout import BoundLayout
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 TpOption = Annotated[int | None, typer.Option("--tp", min=1, help="Under torchrun: ranks that share each expert's width.")]
 EpOption = Annotated[int | None, typer.Option("--ep", min=1, help="Under torchrun: ranks that share the experts.")]
 DpOption = Annotated[int | None, typer.Option("--dp", min=1, help="Under torchrun: copies of the model, on the same input.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=1.0, help="Under torchrun: seconds that a rank may wait for another one.")
+]
 
 _POLL, _JOIN = 0.1, 60.0  # seconds: between looks at the store, and until the first look at it must succeed
 _LEAVE = 10.0  # seconds that ranks wait for each other when they end
@@ -34,6 +38,7 @@ class Ranks:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world, self._store = rank, world, store
         self._done = threading.Event()
+        signal.signal(signal.SIGTERM, _told_to_end)
         threading.Thread(target=self._watch, daemon=True).start()
 
     @classmethod
@@ -88,6 +93,14 @@ class Ranks:
         end = time.monotonic() + _LEAVE
         while last and self._store.add("left", 0) < self.world and time.monotonic() < end:
             time.sleep(0.001)
+
+
+def _told_to_end(*_: Any) -> NoReturn:
+    """torchrun ends all processes when one has ended, or when it is itself told to end."""
+    from moerunner.parallel.watch import Watch
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has been heard; if this takes too long, SIGKILL follows
+    raise Watch.blame() or DistributedError("torchrun ends all ranks", where=f"rank {os.environ['RANK']}")
 
 
 def bound_layout(tp: int | None, ep: int | None, dp: int | None, *, timeout: float) -> BoundLayout | None:

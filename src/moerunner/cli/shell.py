@@ -25,9 +25,9 @@ PIPE_CLOSED = 128 + 13  # what a shell shows for a program that SIGPIPE ended
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb gives back: data for --json, and the exit code."""
+    """What a verb gives back: data for --json, None if it has printed it, and the exit code."""
 
-    data: dict[str, Any]
+    data: dict[str, Any] | None
     code: int = OK
 
 
@@ -53,15 +53,15 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
                 traceback.print_exception(error, file=err)
             print(f"moerunner: {text}", file=err, flush=True)
             if json:
-                _print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}}, out)
+                print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}}, out)
 
         try:
             ranks = find_ranks()
             # Whatever a library prints must not come between a machine and its JSON.
             with _silence() if ranks and ranks.rank else contextlib.redirect_stdout(err) if json else contextlib.nullcontext():
                 answer = run(**options)
-                if json and not (ranks and ranks.rank):
-                    _print_json(answer.data, out)
+                if json and answer.data is not None and not (ranks and ranks.rank):
+                    print_json(answer.data, out)
                 sys.stdout.flush()
             code = ranks.agree(answer.code) if ranks else answer.code
         except BrokenPipeError:
@@ -74,7 +74,7 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
                 raise
             code, text = explain(error)
             if ranks:
-                text = f"rank {ranks.rank}: {text}"
+                text = text if text.startswith("rank ") else f"rank {ranks.rank}: {text}"
                 ranks.fail(code, functools.partial(say, error, text))
             say(error, text)
         raise typer.Exit(code)
@@ -107,8 +107,9 @@ def explain(error: BaseException) -> tuple[int, str]:
     return FAILED, f"{type(error).__name__}: {text}. Run again with --debug to see where it happened"
 
 
-def _print_json(data: dict[str, Any], out: TextIO) -> None:
-    print(jsonlib.dumps(_finite(data), indent=2), file=out, flush=True)
+def print_json(data: dict[str, Any], out: TextIO | None = None) -> None:
+    """One object. out: None is the process's own stdout, wherever `sys.stdout` is sent to."""
+    print(jsonlib.dumps(_finite(data), indent=2), file=out or sys.__stdout__, flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -126,6 +127,11 @@ class Screen:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.terminal = sys.stdout.isatty()
+
+    @property
+    def drawing(self) -> bool:
+        """Whether lines, blocks and colours can be shown."""
+        return self.terminal and not self.quiet and (sys.stdout.encoding or "ascii").lower().startswith("utf")
 
     def say(self, text: str = "") -> None:
         if not self.quiet:

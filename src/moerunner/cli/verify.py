@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moerunner.cli.ranks import DpOption, EpOption, TpOption, bound_layout, device_of_rank
+from moerunner.cli.ranks import DpOption, EpOption, TimeoutOption, TpOption, bound_layout, device_of_rank
 from moerunner.cli.shell import (
     MISMATCH,
     OK,
@@ -50,6 +50,7 @@ def run(
     tp: TpOption = None,
     ep: EpOption = None,
     dp: DpOption = None,
+    timeout: TimeoutOption = TIMEOUT,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
@@ -59,7 +60,7 @@ def run(
     if record and path is None:
         raise typer.BadParameter("--record needs the folder of a model")
     quiet_transformers()
-    bound = bound_layout(tp, ep, dp, timeout=TIMEOUT)
+    bound = bound_layout(tp, ep, dp, timeout=timeout)
     from moerunner.models.checkpoint import check_folder
     from moerunner.verify import digests, verify
 

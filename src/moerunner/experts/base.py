@@ -96,6 +96,7 @@ class ExpertsCall:
     output: `summed` [T, H] in float32, weighted and summed over the slots; `rows` [T, K, H], one unweighted row per slot,
     zeros where the id is -1. down_bias: whether this rank adds b2 (one rank of a tensor-parallel group does).
     scale: the routed scaling factor for a backend that `applies_scale`, 1 where it is applied elsewhere.
+    batch_invariant: a token's bits must not depend on the others; asked of backends that declare it.
     """
 
     activation: ActivationSpec
@@ -103,6 +104,7 @@ class ExpertsCall:
     output: Literal["summed", "rows"] = "summed"
     down_bias: bool = True
     scale: float = 1.0
+    batch_invariant: bool = False
 
 
 class Backend(Protocol):

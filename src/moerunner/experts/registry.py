@@ -97,6 +97,7 @@ def choose(request: Request, backend: str = "auto") -> Chosen:
     best = able[0][1]
     refused += [(b.INFO.name, f"{best.INFO.name} is preferred on {request.device}") for _, b in able[1:]]
     few = [(b.INFO.few_tokens.get(request.device, 0), b) for _, b in able[1:] if _interchangeable(b.INFO, best.INFO)]
+    few = [] if request.batch_invariant else few  # other kernels, other bits
     limit, small = max(few, key=lambda pair: pair[0], default=(0, best))
     reason = f"preferred on {request.device} among {len(able)} that can"
     return Chosen(best, reason, tuple(refused), (limit, small) if limit else None)

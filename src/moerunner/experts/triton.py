@@ -19,6 +19,7 @@ INFO = BackendInfo(
     row_output=True,
     applies_scale=True,
     deterministic=True,
+    batch_invariant=True,
     capturable=True,
     host_sync=False,
     priority={"cuda": 30},
@@ -51,4 +52,5 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         call.input_weighting,
         kernels.ROWS if call.output == "rows" else kernels.SUMMED,
         call.scale,
+        call.batch_invariant,
     )

@@ -42,6 +42,7 @@ def triton_experts(
     input_weighting: bool,
     output: int,
     scale: float,
+    batch_invariant: bool,
 ) -> Tensor:
     """The chosen experts of every token.
 
@@ -49,18 +50,18 @@ def triton_experts(
         x_TH, w13 [E, 2I, H] ([E, I, H] ungated), w2 [E, H, I], b13 [E, 2I], b2 [E, H]: any strides. ids: any outside 0..E-1 is
             no expert. weights: float32.
         layout: index into `LAYOUTS`, of w13's rows. kind: index into `activation.KINDS`. output: ROWS, SUMMED or FINAL.
-        scale: factor on the sums.
+        scale: factor on the sums. batch_invariant: a token's bits do not depend on the others, nor on how many there are.
     """
     return run(
         x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
-        input_weighting, output, scale, None,
+        input_weighting, output, scale, tile_choice.invariant(x_TH.element_size()) if batch_invariant else None,
     )  # fmt: skip
 
 
 @triton_experts.register_fake
 def _(
     x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
-    input_weighting, output, scale,
+    input_weighting, output, scale, batch_invariant,
 ):  # fmt: skip
     return _empty_output(x_TH, ids_TK, w2, output)
 
@@ -113,6 +114,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     h_SI = x.new_empty(tokens * k, inter)
     up, dn = tiles.up, tiles.down
+    ahead = power_of_2(blocks(inter * w2.element_size(), 128)) if tiles.prefetch and w2.stride(2) == 1 else 0
     launch(
         few_gate_up, (blocks(inter, up.block_n), tokens * k),
         x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
@@ -123,7 +125,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
     launch(
         few_down, (blocks(hidden, dn.block_n), tokens),
         h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
-        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k,
+        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k, ahead,
         device=x.device, warps=dn.warps,
     )  # fmt: skip
     return out

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moerunner.kernels.activation import act, gate_by
-from moerunner.kernels.common import follow
+from moerunner.kernels.common import follow, prefetch
 
 
 @triton.jit
@@ -111,13 +112,17 @@ def few_down(
     KP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_N features of a token: its K experts at once, one product per slot, then their weighted sum (or the K rows).
 
     out: [T, H] for SUMMED, else [T, K, H], where slots without an expert become 0. KP: K rounded up to a power of two.
+    AHEAD: rows of the weights, each of AHEAD runs of 128 bytes (the last ones may repeat), are fetched into the cache while
+    `few_gate_up` still runs; 0 for none. Ids and weights are older than it.
     """
-    follow(PDL)
+    if PDL:
+        gdc_launch_dependents()
     token = tl.program_id(1)
     k = tl.arange(0, KP)
     slot = token * K + k
@@ -127,6 +132,11 @@ def few_down(
     inside = column < hidden
     w_row = tl.where(inside, column, 0).to(tl.int64)
     w_ptr = w2 + tl.where(taken, expert, 0)[:, None] * stride_we + w_row[None, :] * stride_wh
+    if PDL:
+        if AHEAD > 0:
+            run = tl.arange(0, AHEAD) * (128 // (w2.dtype.element_ty.primitive_bitwidth // 8))
+            prefetch(w_ptr[:, :, None] + tl.minimum(run, inter - 1).to(tl.int64)[None, None, :] * stride_wi)
+        gdc_wait()
     h_ptr = h_SI + slot.to(tl.int64) * inter
     acc = tl.zeros([KP, BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, inter, BLOCK_K):

@@ -45,10 +45,14 @@ class Specialised:
 
 @dataclass(frozen=True)
 class Few:
-    """Tiles for `few.py`; stages and tma are not used there."""
+    """Tiles for `few.py`; stages and tma are not used there.
+
+    prefetch: the second kernel fetches its weights while the first still runs.
+    """
 
     up: Product
     down: Product
+    prefetch: bool = False
 
 
 Tiles = Few | Grouped | Specialised
@@ -89,6 +93,11 @@ def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, it
     return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 80 else _HALF[3]
 
 
+def invariant(itemsize: int) -> Grouped:
+    """Tiles for every number of tokens. Each value of a row is then summed in one order, whatever else its tile holds."""
+    return Grouped(64, *(2 * [Product(64, 32, 4, 3)])) if itemsize == 4 else _HALF[2]
+
+
 _FEW_UP = (Product(1, 1024, 4, 1), Product(2, 512, 2, 1), Product(4, 512, 4, 1), Product(4, 1024, 8, 1))
 _THIN = (Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True), Product(64, 128, 4, 4, tma=True),
          Product(32, 256, 4, 4, tma=True), Product(128, 64, 4, 4, tma=True))  # fmt: skip
@@ -100,7 +109,7 @@ _ALTERNATIVES = {16: _THIN, 32: _MIDDLE, 64: _MIDDLE, 128: _WIDE}
 
 
 def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
-    """What is worth measuring beside a choice, one part of it at a time: ("up" or "down", the same with another product)."""
+    """What is worth measuring beside a choice, one part of it at a time: (which, the same with another such part)."""
     if isinstance(tiles, Specialised):
         return
     if isinstance(tiles, Few):
@@ -108,7 +117,7 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
         downs = [
             dataclasses.replace(dn, block_n=n, warps=w) for n in (dn.block_n // 2, dn.block_n, 2 * dn.block_n) for w in (4, 8)
         ]
-        parts = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n]}
+        parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n], "prefetch": [True, False]}
     else:
         parts = {"up": list(_ALTERNATIVES[tiles.block_m]), "down": list(_ALTERNATIVES[tiles.block_m])}
     for part, products in parts.items():

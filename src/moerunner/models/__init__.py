@@ -1,7 +1,7 @@
 """Model families as data, and moerunner inside the models that have them."""
 
 from moerunner.models import families, registry
-from moerunner.models.adapt import patch, runners, unpatch
+from moerunner.models.adapt import count_loads, patch, runners, unpatch
 from moerunner.models.entry import Family, Joined, Keys, Router, View
 from moerunner.models.load import load, load_weights
 from moerunner.models.report import Replaced, Report, Skipped
@@ -15,6 +15,7 @@ __all__ = [
     "Router",
     "Skipped",
     "View",
+    "count_loads",
     "families",
     "load",
     "load_weights",

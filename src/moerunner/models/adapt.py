@@ -17,6 +17,7 @@ from moerunner.models.load import load as load  # callers find it here too
 from moerunner.models.prepare import copied_bytes, prepare, sites
 from moerunner.models.report import Replaced, Report, Skipped
 from moerunner.models.shards import bound_to, cut_in_place, refuse_saving
+from moerunner.parallel.balance import LoadCounter
 from moerunner.parallel.layout import BoundLayout, Layout
 from moerunner.plan import Options
 from moerunner.runner import MoERunner
@@ -120,6 +121,15 @@ def runners(model: nn.Module) -> dict[str, MoERunner]:
     """The runner of every patched block, by the block's name."""
     found = {name: forward_of(block) for name, block in model.named_modules()}
     return {name: forward.runner for name, forward in found.items() if forward is not None}
+
+
+def count_loads(model: nn.Module) -> dict[str, LoadCounter]:
+    """Has the runner of every patched block count how often each expert is chosen, from zero on; its counter by the block's
+    name."""
+    found = runners(model)
+    for runner in found.values():
+        runner.loads = LoadCounter(runner.spec.num_experts)
+    return {name: runner.loads for name, runner in found.items() if runner.loads is not None}
 
 
 def routers(model: nn.Module) -> dict[str, str | None]:

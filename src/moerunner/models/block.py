@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moerunner.errors import UnsupportedError
+from moerunner.errors import Changed, UnsupportedError
 from moerunner.models.dtensors import Placed, hooked_by_plan, local
 from moerunner.models.entry import Change, Family, Joined
 from moerunner.models.places import Cut
@@ -27,10 +27,6 @@ from moerunner.values import EXPERT_NAMES, ExpertWeights, GateUp, LayerWeights, 
 
 _RECORDERS = "transformers.utils.output_capturing"  # its hooks read and never change what they see
 PLAIN = (Tensor, nn.Parameter)
-
-
-class Changed(Exception):
-    """The block is no longer what the runner was made for; the message says how. Its own forward is right then."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def read_recipe(path: Path, *, quantised: bool = False) -> Recipe:
     if auto_class is None:
         raise UnsupportedError(f"the model_type {kind!r} is not a language model in Transformers", where=str(file))
     dtype = getattr(config, "dtype", None)
-    return Recipe(config, auto_class, dtype if isinstance(dtype, torch.dtype) else None, method)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"has the dtype {dtype!r}, which is none of torch", where=str(file))
+    return Recipe(config, auto_class, dtype, method)
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
@@ -110,14 +112,21 @@ def read_tensors(path: Path) -> dict[str, Stored]:
 
 
 def read_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a folder, None where there is none: for some models Transformers makes up one that knows no word."""
+    """The tokenizer of a folder, None where there is none: for some models Transformers makes up one that knows no word.
+
+    Raises:
+        CheckpointError: its files are damaged.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        found = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError):  # what Transformers raises for absent and for broken files
-        return None
-    return found if found("a", add_special_tokens=False)["input_ids"] else None
+    def make() -> Any:
+        try:
+            found = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError):  # what Transformers raises for absent and for some broken files
+            return None
+        return found if found("a", add_special_tokens=False)["input_ids"] else None
+
+    return guarded(make, Path(path), "has a tokenizer that cannot be read")
 
 
 def check_folder(path: Path) -> None:
@@ -146,16 +155,16 @@ def read_json(file: Path, *, next_step: str = "") -> Any:
         raise CheckpointError(f"is not JSON: {one_line(error)}", where=str(file)) from error
 
 
-def guarded(make: Callable[[], _T], file: Path, fault: str = "describes no model that can be made") -> _T:
+def guarded(make: Callable[[], _T], where: str | Path, fault: str = "describes no model that can be made") -> _T:
     """Calls Transformers with what a config says. For values that it does not expect it may raise anything."""
     try:
         return make()
     except (MoEError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
-        raise UnsupportedError(f"asks for a package that is not installed: {one_line(error)}", where=str(file)) from error
+        raise UnsupportedError(f"asks for a package that is not installed: {one_line(error)}", where=str(where)) from error
     except Exception as error:
-        raise CheckpointError(f"{fault}: {type(error).__name__}: {one_line(error)}", where=str(file)) from error
+        raise CheckpointError(f"{fault}: {type(error).__name__}: {one_line(error)}", where=str(where)) from error
 
 
 def one_line(error: BaseException) -> str:

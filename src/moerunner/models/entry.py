@@ -243,11 +243,28 @@ def activation_names() -> tuple[str, ...]:
     return tuple(_ACTIVATIONS)
 
 
-def groups(count: int | None, kept: int | None, **how: Any) -> GroupSpec | None:
-    """Group-limited choice; None where the config has no groups, or one."""
+def groups(
+    count: int | None, kept: int | None, *, experts: int, top_k: int, weighs_lost: bool = True, **how: Any
+) -> GroupSpec | None:
+    """Group-limited choice; None where the config has no groups, or one, or where every expert is chosen whatever its group.
+
+    weighs_lost: an expert of a group that lost would have its own weight, if it were chosen, and not 0.
+
+    Raises:
+        UnsupportedError: the kept groups hold fewer experts than are chosen. Transformers fills up with experts of groups that
+        lost, which all have the same key, in an order that nothing defines.
+    """
     if count is None or kept is None or count == 1:
         return None
-    return GroupSpec(count=count, kept=kept, **how)
+    found = GroupSpec(count=count, kept=kept, **how)
+    possible = isinstance(experts, int) and isinstance(top_k, int) and top_k <= experts  # if not, MoESpec says so
+    if possible and kept * experts < top_k * count:
+        if top_k == experts and weighs_lost:
+            return None
+        raise UnsupportedError(
+            f"{kept} of {count} groups of {experts} experts are kept, which hold fewer than the {top_k} chosen"
+        )
+    return found
 
 
 def renormalised(on: bool | None, eps: float = 0.0) -> dict[str, Any]:

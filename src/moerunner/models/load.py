@@ -31,6 +31,7 @@ from moerunner.parallel.layout import BoundLayout, Layout
 from moerunner.plan import Options
 
 _SELECTION_BIAS = re.compile(r"(^|\.)(e_score_correction_bias|correction_bias|expert_bias|router_bias)$")
+_SWITCH = re.compile(r"(do|use|output|return|renormalize|remove)_")  # settings for generation that are on or off
 _HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_LAYERS = 10_000  # of a config without files: the deepest models have some hundred
 _MOST_COMPUTED = 4 * 2**30  # bytes of rotary tables and the like: none comes near
@@ -227,9 +228,19 @@ def _generation_config(model: Any, path: Path) -> None:
     file = path / (GENERATION if there else CONFIG)
     if not isinstance(read_json(file), dict):
         raise CheckpointError("is not a JSON object", where=str(file))
-    model.generation_config = guarded(
-        lambda: kind.from_pretrained(path, local_files_only=True, **own), file, "does not say how to generate"
-    )
+    found = guarded(lambda: kind.from_pretrained(path, local_files_only=True, **own), file, "does not say how to generate")
+    wrong = [f"{key} = {value!r}" for key, value in vars(found).items() if not _fits(key, value)]
+    if wrong:
+        raise CheckpointError(f"does not say how to generate: {some(wrong)}", where=str(file))
+    model.generation_config = found
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting for generation is of its kind; Transformers looks at some of them only, and when it is too late."""
+    if key.endswith("_token_id"):
+        values = value if isinstance(value, list) else [value]
+        return value is None or all(type(v) is int for v in values)
+    return not _SWITCH.match(key) or value is None or isinstance(value, bool)
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str]:

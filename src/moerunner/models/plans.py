@@ -48,7 +48,7 @@ def layout_of(source: Source, owners: Iterable[nn.Module]) -> BoundLayout | None
         tp=len(placed.ranks) if axis == "tp" else 1,
         shared="sharded" if shared else "replicated",
     )
-    bound = BoundLayout(layout, GroupComm(layout, placed.mesh.get_group()))
+    bound = BoundLayout(layout, GroupComm(layout, placed.mesh.get_group(), placed.mesh.device_type))
     _check(source, bound)
     return bound
 

@@ -96,7 +96,9 @@ def read_header(file: Path) -> list[Stored]:
         header = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise _damaged(file, f"its header is not JSON: {error}") from error
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", None) or {}
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise _damaged(file, "its header has a __metadata__ that is not text by name")
     found = sorted((_stored(file, name, entry, 8 + length) for name, entry in header.items()), key=lambda f: f[0])
     position = 8 + length
     for (start, end), tensor in found:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moerunner.errors import SpecError
-from moerunner.ops.precision import linear, wide
+from moerunner.ops.precision import Product, linear, wide
 from moerunner.spec import GroupSpec, MoESpec, RoutingSpec
 from moerunner.values import TopK
 
@@ -20,16 +20,16 @@ _NEG = float("-inf")
 _FEW = 1 << 14  # keys up to which one stable sort is cheaper than ten small steps
 
 
-def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: RoutingSpec) -> Tensor:
+def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: RoutingSpec, product: Product = linear) -> Tensor:
     """The gate's product, [T, num_logits] in float32 (float64 for float64 tokens)."""
     if routing.logits_dtype == "model":
-        return wide(linear(x_TH, weight, bias))
+        return wide(product(x_TH, weight, bias))
     x = wide(x_TH)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, w, b)
+        return product(x, w, b)
     with torch.autocast(x.device.type, enabled=False):  # which expert wins must not depend on the caller's autocast
-        return F.linear(x, w, b)
+        return product(x, w, b)
 
 
 def stable_topk(key_TE: Tensor, k: int) -> Tensor:

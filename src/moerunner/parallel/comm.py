@@ -5,17 +5,20 @@ Every implementation keeps what it last issued in `log`, so that a test can comp
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from moerunner.errors import DistributedError, UnsupportedError
+from moerunner.errors import Changed, DistributedError
 from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.parallel.peers import compare
 from moerunner.parallel.rows import Work, differentiable, pack, unpack
 from moerunner.values import AXES
 
@@ -118,16 +121,14 @@ class Comm(ABC):
 
         return Work(lambda: (differentiable(there, back, *rows), received))
 
-    def same(self, text: str) -> None:
-        """Raises a `DistributedError` on every rank unless all ranks pass the same text."""
-        texts = self._gather_objects(text, AXES)
-        wrong = [r for r, t in enumerate(texts) if t != texts[0]]
-        if wrong:
-            raise DistributedError(
-                f"ranks {wrong} disagree with rank 0 on the spec, the layout, or the shapes of the weights",
-                where=f"rank {self.rank}",
-                next_step="Build the same MoERunner on every rank",
-            )
+    def same(self, facts: Mapping[str, Any]) -> None:
+        """Raises a `DistributedError` on every rank unless all ranks pass the same facts; it says in which they differ."""
+        texts = self._gather_objects(json.dumps(facts, default=str), AXES)
+        compare(self.rank, [json.loads(text) for text in texts])
+
+    def failed(self, error: Exception) -> Exception:
+        """Tells the other ranks, where there are any, that this one cannot go on; what is to be raised here."""
+        return error
 
     def index(self, axes: tuple[str, ...]) -> int:
         """This rank's place in the group over these axes."""
@@ -187,6 +188,24 @@ def _together(
         parts = sums.split([gradients[i].shape[1] for i in own], dim=1)
         moved |= {i: part.to(gradients[i].dtype) for i, part in zip(own, parts, strict=True)}
     return tuple(moved[i] for i in range(len(gradients)))
+
+
+def on_every_rank(method: Callable[..., R]) -> Callable[..., R]:
+    """An error on one rank in a method that all ranks call together is a `DistributedError` on all; `self._comm` tells them."""
+
+    @wraps(method)
+    def told(self: Any, *args: Any, **kwargs: Any) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Changed:
+            raise
+        except Exception as error:
+            raised = self._comm.failed(error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    return told
 
 
 class GatherComm(Comm):
@@ -267,6 +286,7 @@ def simulate(layout: Layout, rank_main: Callable[[BoundLayout], R]) -> list[R]:
     barrier = threading.Barrier(layout.world)
     results: list[Any] = [None] * layout.world
     failures: list[tuple[int, BaseException]] = []
+    waited: list[int] = []
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def main(rank: int) -> None:
@@ -276,7 +296,7 @@ def simulate(layout: Layout, rank_main: Callable[[BoundLayout], R]) -> list[R]:
             with own_thread, torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
                 results[rank] = rank_main(BoundLayout(layout, SimulatedComm(layout, rank, board, barrier)))
         except threading.BrokenBarrierError:
-            pass
+            waited.append(rank)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failures.append((rank, error))
             barrier.abort()
@@ -288,81 +308,8 @@ def simulate(layout: Layout, rank_main: Callable[[BoundLayout], R]) -> list[R]:
         thread.join()
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
+    if waited:
+        absent = [rank for rank in range(layout.world) if rank not in waited]
+        what = f"has not come to a collective within {layout.timeout:g} s"
+        raise DistributedError(what, where=f"rank {absent[0]}" if absent else "a rank")
     return results
-
-
-class TorchComm(Comm):
-    """torch.distributed over a `DeviceMesh`: NCCL on GPUs, gloo on CPUs."""
-
-    def __init__(self, layout: Layout, mesh: Any) -> None:
-        import torch.distributed as dist
-
-        self._dist = dist
-        super().__init__(layout, dist.get_rank())
-        names = tuple(mesh.mesh_dim_names or ())
-        for axis in AXES:
-            size = getattr(layout, axis)
-            found = mesh.size(names.index(axis)) if axis in names else 1
-            if found != size:
-                raise DistributedError(
-                    f"the layout's {axis} is {size}, the mesh has {found}",
-                    where="Layout.bind",
-                    next_step='init_device_mesh(device, (dp, ep, tp), mesh_dim_names=("dp", "ep", "tp"))',
-                )
-        ranks = layout.group(self.rank, AXES)
-        if mesh.mesh.flatten().tolist() != ranks:
-            raise UnsupportedError("the mesh does not count ranks with tp fastest, then ep, then dp", where="Layout.bind")
-        self._groups: dict[tuple[str, ...], Any] = {}
-        for axes in (("ep",), ("tp",), ("ep", "tp"), AXES):
-            every = {tuple(layout.group(rank, axes)) for rank in range(layout.world)}
-            for members in sorted(every):
-                group = dist.new_group(list(members))
-                if self.rank in members:
-                    self._groups[axes] = group
-
-    def _gather_objects(self, item: Any, axes: tuple[str, ...]) -> list[Any]:
-        out: list[Any] = [None] * len(self.layout.group(self.rank, axes))
-        self._dist.all_gather_object(out, item, group=self._groups[axes])
-        return out
-
-    def _gather_counts(self, rows: int, device: torch.device, axes: tuple[str, ...]) -> list[int]:
-        group = self._groups[axes]
-        counts = torch.empty(self._dist.get_world_size(group), dtype=torch.int64, device=device)
-        self._dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device), group=group)
-        return counts.tolist()
-
-    def _all_to_all_counts(self, send: list[int], device: torch.device, axes: tuple[str, ...]) -> list[int]:
-        counts = torch.tensor(send, device=device)
-        received = torch.empty_like(counts)
-        self._dist.all_to_all_single(received, counts, group=self._groups[axes])
-        return received.tolist()
-
-    def _all_reduce(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
-        out = x.contiguous().clone()
-        self._dist.all_reduce(out, group=self._groups[axes])
-        return out
-
-    def _all_gather(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
-        longest = max(counts)
-        padded = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])]).contiguous()
-        out = [torch.empty_like(padded) for _ in counts]
-        self._dist.all_gather(out, padded, group=self._groups[axes])
-        return torch.cat([rows[:n] for rows, n in zip(out, counts, strict=True)])
-
-    def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
-        longest, here = max(counts), self.index(axes)
-        parts = [torch.cat([p, p.new_zeros(longest - p.shape[0], *p.shape[1:])]) for p in x.split(counts)]
-        out = torch.empty_like(parts[0])
-        self._dist.reduce_scatter_tensor(out, torch.cat(parts).contiguous(), group=self._groups[axes])
-        return out[: counts[here]]
-
-    def _all_to_all(self, x: Tensor, send: list[int], received: list[int], axes: tuple[str, ...]) -> Callable[[], Tensor]:
-        out = x.new_empty(sum(received), *x.shape[1:])
-        work = self._dist.all_to_all_single(out, x.contiguous(), received, send, group=self._groups[axes], async_op=True)
-
-        def wait() -> Tensor:
-            assert work is not None
-            work.wait()
-            return out
-
-        return wait

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moerunner.errors import SpecError
@@ -139,13 +139,17 @@ class Layout:
                 environment, with NCCL where there are GPUs, of which each process takes that of its LOCAL_RANK, and gloo.
 
         Raises:
-            DistributedError: there is neither a process group nor torchrun, or not with this many ranks.
+            DistributedError: there is neither a process group nor torchrun, or not with this many ranks, or the ranks have
+                different layouts.
         """
-        from moerunner.parallel.comm import TorchComm
-        from moerunner.parallel.start import mesh_over_all
+        from moerunner.parallel.group import TorchComm
+        from moerunner.parallel.start import join, mesh_over_all
+        from moerunner.parallel.watch import Watch
 
-        if mesh is None:
-            mesh = mesh_over_all({axis: getattr(self, axis) for axis in AXES}, self.timeout)
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        join(sizes, self.timeout)
+        Watch.here().agree({"layout": asdict(self)}, self.timeout)
+        mesh = mesh_over_all(sizes) if mesh is None else mesh
         return BoundLayout(self, TorchComm(self, mesh))
 
 

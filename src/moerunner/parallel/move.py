@@ -32,7 +32,7 @@ def rebalanced(
     """
     layout = dataclasses.replace(comm.layout, placement=placement, redundant=0)
     after = SlotMap(layout, slots.num_experts, len(w.experts), slots.zero_experts, comm.rank)
-    comm.same(f"rebalance to {placement}")
+    comm.same({"the placement to move to": str(placement)})
     moved = copy.copy(comm)  # other layers may use this one, with a placement of their own
     moved.layout = layout
     experts = []

@@ -20,6 +20,40 @@ class Work(Generic[R]):
         self.wait = finish
 
 
+class SideStream:
+    """A stream of a GPU beside the current one, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def on(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+def beside(compute: Callable[[], Tensor], side: SideStream, *read: Tensor | None) -> Work[Any]:
+    """Starts `compute` on a side stream, after what the current stream has been given so far; it must issue no collective.
+
+    `wait` has the current stream wait for it. read: what it reads that may be freed before. Fit for CUDA graphs.
+    """
+    tensors = [t for t in read if t is not None]
+    stream, current = side.on(tensors[0].device), torch.cuda.current_stream(tensors[0].device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        y = compute()
+    for tensor in tensors:
+        tensor.record_stream(stream)
+
+    def finish() -> Tensor:
+        here = torch.cuda.current_stream(y.device)
+        here.wait_stream(stream)
+        y.record_stream(here)
+        return y
+
+    return Work(finish)
+
+
 def pack(rows: Sequence[Tensor]) -> Tensor:
     """Tensors [R, n] as one byte tensor [R, bytes], so that they travel in one collective; a single one as it is."""
     return rows[0] if len(rows) == 1 else torch.cat([reinterpreted(part, torch.uint8) for part in rows], dim=1)

@@ -14,35 +14,49 @@ from moerunner.errors import DistributedError
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def mesh_over_all(sizes: Mapping[str, int], timeout: float) -> Any:
-    """A `DeviceMesh` with these dimensions over all ranks; where there is no process group yet, makes one.
+def join(sizes: Mapping[str, int], timeout: float) -> None:
+    """Makes the process group that torchrun describes, unless there is one.
 
     Args:
-        sizes: ranks along each dimension, by its name; the last counts fastest.
+        sizes: ranks along each dimension of the layout that it is for, by its name.
         timeout: seconds that a collective of a process group made here may take.
 
     Raises:
-        DistributedError: there is neither a process group nor torchrun, or not with this many ranks.
+        DistributedError: there is neither a process group nor torchrun.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise DistributedError("this build of torch has no torch.distributed", where="Layout.bind")
+    if dist.is_initialized():
+        return
+    if ranks_of_torchrun() is None:
+        raise _other_size(sizes, "there is no process group")
+    _init(timeout)
+
+
+def mesh_over_all(sizes: Mapping[str, int]) -> Any:
+    """A `DeviceMesh` with these dimensions over all ranks of the process group; the last counts fastest.
+
+    Raises:
+        DistributedError: there are not this many ranks.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    world = math.prod(sizes.values())
-    text = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    if not dist.is_available():
-        raise DistributedError("this build of torch has no torch.distributed", where="Layout.bind")
-    here = dist.get_world_size() if dist.is_initialized() else ranks_of_torchrun()
-    if here != world:
-        found = "there is no process group" if here is None else f"there are {here} processes"
-        raise DistributedError(
-            f"the layout has {world} ranks ({text}), {found}",
-            where="Layout.bind",
-            next_step=f"Start it as torchrun --nproc-per-node {world} ..., or call init_process_group in {world} processes",
-        )
-    if not dist.is_initialized():
-        _init(timeout)
+    if dist.get_world_size() != math.prod(sizes.values()):
+        raise _other_size(sizes, f"there are {dist.get_world_size()} processes")
     device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _other_size(sizes: Mapping[str, int], found: str) -> DistributedError:
+    world, text = math.prod(sizes.values()), " x ".join(f"{name} {size}" for name, size in sizes.items())
+    return DistributedError(
+        f"the layout has {world} ranks ({text}), {found}",
+        where="Layout.bind",
+        next_step=f"Start it as torchrun --nproc-per-node {world} ..., or call init_process_group in {world} processes",
+    )
 
 
 def ranks_of_torchrun() -> int | None:

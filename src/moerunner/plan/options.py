@@ -25,6 +25,7 @@ class Options:
     grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
     capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts.
+    overlap: on CUDA shared experts run on a stream of their own, while tokens travel or the routed experts of few tokens run.
     count_loads: `runner.loads` counts how often each expert is chosen.
     """
 
@@ -37,6 +38,7 @@ class Options:
     batch_invariant: bool = False
     capturable: bool = False
     dispatch: Dispatch = "auto"
+    overlap: bool = True
     count_loads: bool = False
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Options:
             object.__setattr__(self, name, text)
         if not isinstance(self.backend, str):
             raise SpecError(f"must be a name, not {self.backend!r}", where="Options.backend")
-        for name in ("grad", "deterministic", "batch_invariant", "capturable", "count_loads"):
+        for name in ("grad", "deterministic", "batch_invariant", "capturable", "overlap", "count_loads"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "grad" and value is None):
                 raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")

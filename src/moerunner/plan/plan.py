@@ -11,7 +11,7 @@ from typing import Any
 
 from moerunner.parallel.layout import Layout
 from moerunner.plan.options import Options
-from moerunner.plan.steps import States, Step, check_complete, check_end, check_places, flow, start_states
+from moerunner.plan.steps import States, Step, check_complete, check_end, check_places, check_streams, flow, start_states
 from moerunner.spec import Linear, MoESpec
 from moerunner.values import AXES, Replicate, ValueState
 
@@ -39,6 +39,7 @@ class Plan:
         check_complete(self.steps, self.spec)
         check_end(self.steps, self.states[-1], self.spec, self.wanted, self.layout.split_axes)
         check_places(self.steps)
+        check_streams(self.steps)
 
     @property
     def wanted(self) -> str:
@@ -161,14 +162,22 @@ class Plan:
     def _ranks(self, axes: tuple[str, ...]) -> int:
         return math.prod(getattr(self.layout, axis) for axis in axes)
 
+    def facts(self) -> dict[str, Any]:
+        """What ranks must agree on that run the same layer, as plain data; kernels on a rank are its own affair."""
+        own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch", "side"}
+        steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
+        return {
+            "spec": self.spec.to_dict(),
+            "layout": asdict(self.layout),
+            "dtype": self.dtype,
+            "options": {"output": self.options.output, "grad": bool(self.options.grad)},
+            "plan": hashlib.sha256(json.dumps(steps, default=str, sort_keys=True).encode()).hexdigest()[:16],
+        }
+
     @property
     def fingerprint(self) -> str:
-        """Equal on ranks that issue the same collectives for the same layer; kernels on a rank are its own affair."""
-        own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch"}
-        steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
-        grad = bool(self.options.grad)
-        data = [self.spec.to_dict(), asdict(self.layout), self.dtype, self.options.output, grad, steps]
-        return hashlib.sha256(json.dumps(data, default=str, sort_keys=True).encode()).hexdigest()[:16]
+        """Equal on ranks that issue the same collectives for the same layer."""
+        return hashlib.sha256(json.dumps(self.facts(), default=str, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every step with its kernel, the reasons, and the state it leaves."""

@@ -53,6 +53,10 @@ def resolve(
 _FEW_GATE_TOKENS = 16
 """Up to this many tokens the gate's product is a kernel of ours too, which reads its weight as it is stored."""
 
+_FEW_SIDE_TOKENS = 256
+"""Up to this many tokens the routed experts leave room on a GPU for the shared ones beside them."""
+_ANY = 1 << 62
+
 
 class _Builder:
     """Collects steps, and asks the algebra for the state before each decision."""
@@ -153,7 +157,27 @@ class _Builder:
         axes = self.layout.split_axes if self.layout.shards_shared else ()
         held = f"a slice of the width over {'+'.join(axes)}" if axes else "whole on every rank"
         held += "; runs while the routed tokens travel" if pair.overlaps else ""
-        self.add("shared", value="shared", reads="tokens", axes=axes, overlaps=pair.overlaps, reason=held)
+        side, against = (_ANY if pair.overlaps else _FEW_SIDE_TOKENS), self._against_side_stream()
+        if not against:
+            held += "; on a side stream" + ("" if pair.overlaps else f" beside the routed experts up to {side} tokens")
+        self.add(
+            "shared",
+            value="shared",
+            reads="tokens",
+            axes=axes,
+            overlaps=pair.overlaps,
+            reason=held,
+            side=0 if against else side,
+            refused=(("a side stream", against),) if against and self.device == "cuda" else (),
+        )
+
+    def _against_side_stream(self) -> str:
+        """Why shared experts run on the stream of all else; empty where they do not."""
+        if self.device != "cuda":
+            return f"exists on cuda, not on {self.device}"
+        if not self.options.overlap:
+            return "Options.overlap is off"
+        return "a backward runs where its forward ran, beside collectives" if self.options.grad else ""
 
     def _transform(self, verb: str, transform: TransformSpec, value: str) -> None:
         self.add(

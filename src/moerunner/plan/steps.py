@@ -55,7 +55,7 @@ class Step:
     dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
     scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
-    one_launch: of a route, from logits to weights in one kernel.
+    one_launch: of a route, from logits to weights in one kernel. side: up to so many tokens, on a side stream of the GPU.
     """
 
     verb: str
@@ -78,6 +78,7 @@ class Step:
     scatter: bool = False
     overlaps: bool = False
     one_launch: bool = False
+    side: int = 0
     dtype: str = ""
 
     @property
@@ -284,6 +285,16 @@ def check_places(steps: tuple[Step, ...]) -> None:
         if position < reached:
             raise PlanError("stands after a step that the runner carries out later", first=before, second=step.name)
         before, reached = step.name, position
+
+
+def check_streams(steps: tuple[Step, ...]) -> None:
+    """Nothing runs on a side stream that issues a collective, or that changes what the main stream reads meanwhile."""
+    for step in steps:
+        if not step.side or (step.verb == "shared" and step.reads == "tokens"):
+            continue
+        collective = step.verb in ("dispatch", "combine", "reduce", "shard")
+        what = "issues a collective" if collective else f"changes '{step.value}'"
+        raise PlanError(f"{what} on a side stream", first="the main stream", second=step.name)
 
 
 def check_end(steps: tuple[Step, ...], states: States, spec: MoESpec, wanted: str, split: tuple[str, ...]) -> None:

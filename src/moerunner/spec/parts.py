@@ -235,8 +235,8 @@ class RoutingSpec:
             per_expert_scale=self.per_expert_scale,
             global_scale=self.global_scale,
         )
-        number(w, at_least=0.0, eps=self.eps)
-        number(w, above=0.0, p=self.p, jitter=self.jitter)
+        number(w, at_least=0.0, eps=self.eps, jitter=self.jitter)
+        number(w, above=0.0, p=self.p)
         number(w, above=0.0, optional=True, logit_softcap=self.logit_softcap)
         number(w, logit_scale=self.logit_scale)
         positive(w, modalities=self.modalities)

@@ -18,6 +18,7 @@ from moerunner.values.weights import (
     TensorMeta,
     cut_width,
     kept_runs,
+    register,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "joined",
     "kept_runs",
     "length",
+    "register",
     "take",
     "width_runs",
 ]

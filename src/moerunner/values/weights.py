@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moerunner.errors import WeightsError
 from moerunner.spec import MoESpec
@@ -280,3 +280,19 @@ def _expert_problems(
 
 def _hidden_dim(name: str) -> int:
     return {"w13": 2, "w2": 1, "b2": 1, "row_norm": 0}.get(name, -1)
+
+
+def register(module: nn.Module, w: LayerWeights) -> LayerWeights:
+    """Registers every tensor with the module, under its name with dots as underscores."""
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+        return tensor
+
+    for name, function in w.functions.items():
+        if isinstance(function, nn.Module):
+            module.add_module(name.replace(".", "_"), function)
+    return w.map(one)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moerunner import models
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import adapt
-from moerunner.models.checkpoint import read_tokenizer
+from moerunner.models.checkpoint import guarded, read_tokenizer
 from moerunner.models.load import kept_in_float32
 from moerunner.verify.capture import recorded
 from moerunner.verify.digests import compare_digests
@@ -93,7 +93,7 @@ def verify(
         return VerifyReport(**facts, damaged=damaged, seconds=time.perf_counter() - start)
     loading, notes = compare_loading(net, model, dtype) if from_folder else ([], [])
     with _as_it_was(net), torch.no_grad():
-        compared = _compare(net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
+        compared = _compare(name, net, input_ids.to(weight.device), weight.dtype, oracle_tokens)
     notes += compared.pop("notes") + unsure
     return VerifyReport(**facts, **compared, loading=loading, notes=notes, seconds=time.perf_counter() - start)
 
@@ -133,7 +133,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: int) -> dict[str, Any]:
+def _compare(where: str, model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: int) -> dict[str, Any]:
     report = adapt.patch(model)
     replaced = {r.name: r for r in report.replaced}
     skipped = [f"{s.name}: {s.reason}" for s in report.skipped]
@@ -143,7 +143,7 @@ def _compare(model: Any, input_ids: Tensor, dtype: torch.dtype, oracle_tokens: i
         routers = adapt.routers(model)
         adapt.unpatch(model)
         with recorded(model, routers) as calls:
-            expected = run(model, input_ids)
+            expected = guarded(lambda: run(model, input_ids), where, "does not run with Transformers' own code")
     actual = run(model, input_ids)
     layers, first_tie = [], input_ids.shape[1]
     for name, call in calls.items():

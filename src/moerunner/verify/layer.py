@@ -253,7 +253,7 @@ class Comparison:
         spec, weights = self.runner.spec, self.runner.layer_weights()
         room = 8 * torch.finfo(self.dtype).eps  # logits, their difference and the quotient are all rounded
         unseen = [True, True]
-        for jitter in (spec.routing.jitter, max(spec.routing.jitter - room, 1e-9), spec.routing.jitter + room):
+        for jitter in (spec.routing.jitter, max(spec.routing.jitter - room, 0.0), spec.routing.jitter + room):
             moved = dataclasses.replace(spec, routing=dataclasses.replace(spec.routing, jitter=jitter))
             for which, top in enumerate((self.own_top, self.expected_top)):
                 z = logits.double().cpu()[None].clone()

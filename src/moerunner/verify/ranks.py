@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moerunner import models
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import adapt
 from moerunner.models.checkpoint import read_tokenizer
+from moerunner.parallel.group import TorchComm
 from moerunner.parallel.layout import BoundLayout
 from moerunner.verify import LOGITS_BOUND, damaged_weights
 from moerunner.verify.capture import Call, moved, recorded
@@ -104,15 +104,16 @@ def verify_ranks(
         model.moerunner_report = models.patch(model, layout)
         return model
 
-    rank, calls, facts = bound.comm.rank, {}, None
-    if rank == 0:
+    comm, calls, facts = bound.comm, {}, None
+    assert isinstance(comm, TorchComm)
+    if comm.rank == 0:
         reference = whole(None)
         facts, calls = _in_one_process(reference, path, text, num_tokens, dtype, seed)
         del reference
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    told, expected, ids, names = _from_rank_0(facts)
+    told, expected, ids, names = comm.object_of_rank_0(facts)
     told |= {"model": family or str(path), "layout": {axis: getattr(bound.layout, axis) for axis in ("dp", "ep", "tp")}}
     if told["damaged"]:
         return RanksReport(**told, seconds=time.perf_counter() - start)
@@ -126,7 +127,7 @@ def verify_ranks(
         issued, logits = _counted(net, list(replaced), bound, ids.to(weight.device))
         found, first_tie = {}, ids.shape[1]
         for name in names:
-            call = moved(_from_rank_0(calls.get(name)), weight.device)
+            call = moved(comm.object_of_rank_0(calls.get(name)), weight.device)
             if name in replaced:
                 one = Comparison(name, net.get_submodule(name), call, weight.dtype)
                 gap, tied, misrouted, tie = one.without_oracle()
@@ -139,8 +140,7 @@ def verify_ranks(
         "judged": difference(logits[:, :judged], expected[:, :judged]).max,
         "same": int((logits.argmax(-1).cpu() == expected.argmax(-1)).sum()),
     }
-    every: list[Any] = [None] * bound.layout.world
-    dist.all_gather_object(every, own)
+    every = comm.objects(own)
     problems = [
         f"logits: {of['judged']:.1e} from Transformers on rank {rank}, allowed {LOGITS_BOUND:.0e}"
         for rank, of in enumerate(every)
@@ -179,13 +179,6 @@ def _in_one_process(
         logits = run(model, ids.to(weight.device)).cpu()
     facts |= {"loading": loading, "notes": notes + unsure}
     return (facts, logits, ids, list(calls)), {name: moved(call, "cpu") for name, call in calls.items()}
-
-
-def _from_rank_0(item: Any) -> Any:
-    """An object of rank 0, in host memory, on every rank."""
-    held = [item]
-    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
-    return held[0]
 
 
 def _counted(model: Any, names: list[str], bound: BoundLayout, ids: torch.Tensor) -> tuple[dict[str, list[str]], torch.Tensor]:

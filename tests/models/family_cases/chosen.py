@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aria_text-two-shared": ("aria_text", {"moe_num_shared_experts": 2, "moe_topk": 3}),
     "aria_text-shared-gelu-biased": ("aria_text", {"moe_num_shared_experts": 1, "mlp_bias": True, "hidden_act": "gelu"}),
     "aria_text-alone": ("aria_text", {"moe_num_shared_experts": 0, "moe_num_experts": 5, "intermediate_size": 24}),
+    "aria_text-bias-alone": ("aria_text", {"moe_num_shared_experts": 0, "mlp_bias": True}),
     "cohere2_moe-softmax": ("cohere2_moe", {"expert_selection_fn": "softmax", "num_shared_experts": 0}),
     "cohere2_moe-softmax-average": ("cohere2_moe", {"expert_selection_fn": "softmax", "num_shared_experts": 2}),
     "cohere2_moe-sigmoid-renormalised-sum": (

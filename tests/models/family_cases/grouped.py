@@ -12,6 +12,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-three-groups": ("deepseek_v3", {**_GROUPS, "n_shared_experts": 1}),
     "deepseek_v3-one-group-as-they-are": ("deepseek_v3", {**_ONE_GROUP, **_AS_THEY_ARE, **_ODD, "n_routed_experts": 7}),
     "deepseek_v3-alone-gelu": ("deepseek_v3", {"n_shared_experts": 0, "hidden_act": "gelu"}),
+    "deepseek_v3-every-expert": (
+        "deepseek_v3",
+        {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 8},
+    ),
     "deepseek_v32-two-groups": ("deepseek_v32", {}),
     "deepseek_v32-one-group-as-they-are": ("deepseek_v32", {**_ONE_GROUP, **_AS_THEY_ARE, **_ODD, "n_shared_experts": 1}),
     "glm4_moe-three-groups": ("glm4_moe", {**_GROUPS, "n_shared_experts": 1}),

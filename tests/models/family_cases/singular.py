@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phimoe",
         {"router_jitter_noise": 1.0, "num_local_experts": 7, "intermediate_size": 24, "hidden_act": "gelu"},
     ),
+    "phimoe-no-noise": ("phimoe", {"router_jitter_noise": 0.0, "num_local_experts": 3}),
     "phimoe-three-asked-for": ("phimoe", {"router_jitter_noise": 1e-4, "num_experts_per_tok": 3, "num_local_experts": 4}),
     "dbrx-sum": ("dbrx", {"ffn_config": {**_FFN, "moe_normalize_expert_weights": 1.0}}),
     "dbrx-euclidean": (

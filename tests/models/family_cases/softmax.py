@@ -94,6 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mistral4",
         {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_routed_experts": 7, "n_shared_experts": 1},
     ),
+    "mistral4-every-expert": ("mistral4", {"n_routed_experts": 6, "n_group": 3, "topk_group": 1, "num_experts_per_tok": 6}),
     "mistral4-alone-gelu": (
         "mistral4",
         {"n_shared_experts": 0, "routed_scaling_factor": 1.0, "moe_intermediate_size": 24, "hidden_act": "gelu"},

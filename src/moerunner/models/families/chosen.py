@@ -54,16 +54,16 @@ def _granitemoe(c: Keys) -> MoESpec:
 
 
 def _aria_text(c: Keys) -> MoESpec:
-    """The routed experts are always silu; the shared ones follow the config."""
-    shared, bias = c("moe_num_shared_experts"), c("mlp_bias")
-    act = activation(c("hidden_act"))
+    """The routed experts are always silu; the shared ones follow the config. Without any, a bias of theirs is still added."""
+    count, width, bias, act = c("moe_num_shared_experts"), c("intermediate_size"), c("mlp_bias"), activation(c("hidden_act"))
     return MoESpec(
         hidden_size=c("hidden_size"),
         num_experts=c("moe_num_experts"),
         top_k=c("moe_topk"),
         routing=RoutingSpec(score="softmax_topk", choose="logit", logits_dtype="model"),
-        experts=ExpertsSpec(intermediate_size=c("intermediate_size")),
-        shared=SharedSpec(width=c("intermediate_size"), count=shared, activation=act, bias=bias) if shared or bias else None,
+        experts=ExpertsSpec(intermediate_size=width),
+        shared=SharedSpec(width=width, count=count, activation=act, bias=bias) if count else None,
+        output_bias=bias and not count,
         apply_routed_scale_to_output=False,
     )
 
@@ -172,12 +172,10 @@ def _softmax_of_chosen(answer: Any, k: int) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1), ids
 
 
+_ARIA = _TRANSPOSED | SHARED | SHARED_BIASES | {"output_bias": SHARED_BIASES["shared_b2"]}
 _ARIA_5_17 = {  # the router is a linear layer, and so are the experts
     "router": Router("router", flat=True, choice=_softmax_of_chosen),
-    "weights": _TRANSPOSED
-    | {"w13": View("experts.fc1.weight", "transposed"), "w2": View("experts.fc2.weight", "transposed")}
-    | SHARED
-    | SHARED_BIASES,
+    "weights": _ARIA | {"w13": View("experts.fc1.weight", "transposed"), "w2": View("experts.fc2.weight", "transposed")},
     "holds": {},
 }
 _GRANITEMOE = Family(
@@ -216,7 +214,7 @@ TABLE = (
         aliases=("aria",),
         blocks=hf("aria", "AriaTextMoELayer"),
         spec=_aria_text,
-        weights=_TRANSPOSED | SHARED | SHARED_BIASES,
+        weights=_ARIA,
         router=Router("router", flat=True),
         holds={"router.top_k": "moe_topk"},
         older={"cf4528ef": _IDS_FIRST, "85050a26": _ARIA_5_17},

@@ -26,12 +26,12 @@ from moerunner.spec import (
 )
 
 
-def _routing(c: Keys, **how: Any) -> RoutingSpec:
-    """how: what is done with the groups otherwise than in DeepSeek-V3."""
+def _routing(c: Keys, experts: str, **how: Any) -> RoutingSpec:
+    """experts: the key of their number. how: what is done with the groups otherwise than in DeepSeek-V3."""
     return RoutingSpec(
         score="sigmoid",
         selection_bias=True,
-        groups=groups(c("n_group"), c("topk_group"), **how),
+        groups=groups(c("n_group"), c("topk_group"), experts=c(experts), top_k=c("num_experts_per_tok"), **how),
         **renormalised(c("norm_topk_prob"), eps=1e-20),
     )
 
@@ -42,7 +42,7 @@ def _grouped_sigmoid(c: Keys, experts: str, shared: SharedSpec | None, *, apply_
         hidden_size=c("hidden_size"),
         num_experts=c(experts),
         top_k=c("num_experts_per_tok"),
-        routing=_routing(c),
+        routing=_routing(c, experts),
         experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
         shared=shared,
         routed_scaling_factor=c("routed_scaling_factor"),
@@ -76,7 +76,7 @@ def _axk1(c: Keys) -> MoESpec:
 
 def _axk2(c: Keys) -> MoESpec:
     """An expert of a group that lost has key 0, and is still chosen before one whose key is negative."""
-    return replace(_deepseek_v3(c), routing=_routing(c, fill="zero"), apply_routed_scale_to_output=False)
+    return replace(_deepseek_v3(c), routing=_routing(c, "n_routed_experts", fill="zero"), apply_routed_scale_to_output=False)
 
 
 def _dots3_note_text(c: Keys) -> MoESpec:
@@ -111,7 +111,7 @@ def _nemotron_h(c: Keys) -> MoESpec:
         hidden_size=hidden,
         num_experts=c("n_routed_experts"),
         top_k=c("num_experts_per_tok"),
-        routing=_routing(c),
+        routing=_routing(c, "n_routed_experts"),
         experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=act, gated=False),
         shared=SharedSpec(width=width, activation=act, gated=False, bias=bias),
         input_transform=down,

@@ -83,16 +83,19 @@ def _jamba(c: Keys) -> MoESpec:
 
 def _deepseek_v2(c: Keys) -> MoESpec:
     """Without shared experts, a bias of theirs is still added."""
-    limits = groups(c("n_group"), c("topk_group"), score="max", fill="zero")
-    method, bias = c("topk_method"), c("mlp_bias")
+    count, kept, method, bias = c("n_group"), c("topk_group"), c("topk_method"), c("mlp_bias")
+    experts, top_k = c("n_routed_experts"), c("num_experts_per_tok")
     if method not in ("greedy", "group_limited_greedy"):
         raise UnsupportedError(f"topk_method {method!r} is not defined by this family's own code")
+    limits = None
+    if method == "group_limited_greedy":
+        limits = groups(count, kept, experts=experts, top_k=top_k, weighs_lost=False, score="max", fill="zero")
     shared = plain_shared(c, "n_shared_experts", bias=bias)
     return MoESpec(
         hidden_size=c("hidden_size"),
-        num_experts=c("n_routed_experts"),
-        top_k=c("num_experts_per_tok"),
-        routing=RoutingSpec(score="softmax", groups=limits if method == "group_limited_greedy" else None),
+        num_experts=experts,
+        top_k=top_k,
+        routing=RoutingSpec(score="softmax", groups=limits),
         experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
         shared=shared,
         output_bias=bias and shared is None,
@@ -105,14 +108,15 @@ def _grouped_softmax(
     c: Keys, logits_dtype: Literal["model", "float32"], *, renormalise: bool, apply_routed_scale_to_output: bool
 ) -> MoESpec:
     """DeepSeek-V3's groups of experts, with a softmax in place of sigmoid and correction bias."""
+    experts, top_k = c("n_routed_experts"), c("num_experts_per_tok")
     return MoESpec(
         hidden_size=c("hidden_size"),
-        num_experts=c("n_routed_experts"),
-        top_k=c("num_experts_per_tok"),
+        num_experts=experts,
+        top_k=top_k,
         routing=RoutingSpec(
             score="softmax",
             logits_dtype=logits_dtype,
-            groups=groups(c("n_group"), c("topk_group"), fill="zero"),
+            groups=groups(c("n_group"), c("topk_group"), experts=experts, top_k=top_k, fill="zero"),
             **renormalised(renormalise, eps=1e-20),
         ),
         experts=ExpertsSpec(intermediate_size=c("moe_intermediate_size"), activation=activation(c("hidden_act"))),
