@@ -2,6 +2,9 @@
 
 import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,3 +352,14 @@ def test_an_error_with_json_is_json(cli, tmp_path):
     assert data["ok"] is False
     assert data["error"]["kind"] == "CheckpointError"
     assert "does not exist" in data["error"]["message"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["text", "json"])
+def test_output_to_a_full_disk(json_too):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "moerunner", "env", *json_too]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stderr.startswith("moerunner: OSError: [Errno 28]")
+    assert len(done.stderr.splitlines()) == 1

@@ -53,7 +53,10 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
                 traceback.print_exception(error, file=err)
             print(f"moerunner: {text}", file=err, flush=True)
             if json:
-                print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}}, out)
+                try:
+                    print_json({"ok": False, "error": {"kind": type(error).__name__, "message": text}}, out)
+                except OSError:  # a full disk, or a reader that left: stderr has been told
+                    _discard(out)
 
         try:
             ranks = find_ranks()
@@ -65,7 +68,7 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
                 sys.stdout.flush()
             code = ranks.agree(answer.code) if ranks else answer.code
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or Python complains when it ends
+            _discard(out)
             code = PIPE_CLOSED
             if ranks:
                 ranks.fail(code, lambda: None)
@@ -80,6 +83,11 @@ def _command(run: Callable[..., Answer], find_ranks: Callable[[], Ranks | None])
         raise typer.Exit(code)
 
     return command
+
+
+def _discard(out: TextIO) -> None:
+    """What could not be written goes nowhere, or Python would try again, and complain, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 @contextlib.contextmanager
