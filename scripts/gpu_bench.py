@@ -133,7 +133,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     args = parser.parse_args()
     if args.table:
-        return write_tables(args.files)
+        write_tables(args.files)
+    else:
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     started, dtype, out = time.monotonic(), getattr(torch, args.dtype), args.files[0]
     found: dict = {"environment": collect(), "dtype": args.dtype, "routing": args.routing, "cells": [], "problems": []}
     found["problems"] += warm(args.shapes, args.tokens, dtype, args.workers, 0.45 * args.seconds) if args.workers else []

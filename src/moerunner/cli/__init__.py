@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import moerunner
-from moerunner.cli import bench, demo, env, families, generate, inspect, plan, verify
+from moerunner.cli import bench, demo, env, families, generate, inspect, plan, tune, verify
 
 app = typer.Typer(
     name="moerunner",
@@ -34,7 +34,7 @@ def root(
     """
 
 
-for verb in (demo, inspect, plan, verify, generate, bench, families, env):
+for verb in (demo, inspect, plan, verify, generate, bench, tune, families, env):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 
 
