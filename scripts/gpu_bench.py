@@ -31,15 +31,10 @@ from moerunner.kernels import tables, tiles
 TOKENS = [1, 2048, 8192, 512, 8, 32, 128]  # what matters most first
 
 
-def more(count: int) -> list[tiles.Tiles]:
-    """Tiles that are measured in every cell besides those that `tune` looks at."""
-    return [tiles.Specialised(4, lag) for lag in (0, 1)] if count >= 32 else []
-
-
 def candidates(shape, count: int, itemsize: int) -> list[tiles.Tiles]:
     start = tiles.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=itemsize)
     found = [start, *tiles.neighbours(start)]
-    return [*found, *(other for base in found for _, others in tiles.alternatives(base) for other in others), *more(count)]
+    return [*found, *(other for base in found for _, others in tiles.alternatives(base) for other in others)]
 
 
 def small(shape):
@@ -134,7 +129,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         write_tables(args.files)
-        return
+    else:
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     started, dtype, out = time.monotonic(), getattr(torch, args.dtype), args.files[0]
     found: dict = {"environment": collect(), "dtype": args.dtype, "routing": args.routing, "cells": [], "problems": []}
     found["problems"] += warm(args.shapes, args.tokens, dtype, args.workers, 0.45 * args.seconds) if args.workers else []
@@ -152,7 +151,7 @@ def main() -> None:
                     found["problems"].append(f"no time for {name} {count}")
 
         try:
-            for tuned in tune(SHAPES[name], in_time(), dtype=dtype, routing=args.routing, more=more):
+            for tuned in tune(SHAPES[name], in_time(), dtype=dtype, routing=args.routing):
                 found["cells"].append(row(name, tuned, peaks, dtype, args.routing))
                 found["seconds"] = time.monotonic() - started
                 out.write_text(json.dumps(found, indent=1) + "\n")

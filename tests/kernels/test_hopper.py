@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from cases import case, error
+
+from moerunner.kernels.hopper import runs_on
+from moerunner.kernels.tiles import Specialised
+from moerunner.spec import ActivationSpec
 
 FILE = Path(__file__).with_name("compile_hopper.py")
 SHARED = 227 * 1024  # bytes of a program on Hopper
@@ -35,3 +41,25 @@ def test_compiles_for_hopper_and_keeps_the_accumulator_in_registers(hidden, inte
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [name for name, _, _ in found] == names
     assert all(shared <= SHARED and spilled <= SPILLED for _, shared, spilled in found), found
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and runs_on(torch.device("cuda"))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"bias": True, "gate_up": "interleaved", "activation": ActivationSpec(kind="swigluoai")},
+        {"gate_up": "none", "activation": ActivationSpec(kind="relu2"), "bias": True},
+        {"input_weighting": True},
+        {"output": "rows", "bias": True},
+        {"hidden": 200, "inter": 136, "tokens": 300},
+        {"tokens": 700, "experts": 2, "top_k": 1, "skip": False},
+    ],
+)
+def test_equals_float64_on_a_gpu(facts, dtype, lag):
+    c = case("cuda", dtype, **{"hidden": 128, "inter": 64, "tokens": 40, **facts})
+    first, again = c.kernel(Specialised(lag=lag)), c.kernel(Specialised(lag=lag))
+    assert error(first, c.exact()) <= c.bound()
+    assert torch.equal(first, again)

@@ -69,10 +69,9 @@ def tune(
     device: str = "cuda",
     routing: Routing = "uniform",
     seed: int = 0,
-    more: Callable[[int], list[Any]] = lambda count: [],
     replays: int = 9,
 ) -> Iterator[Tuned]:
-    """Measures every number of tokens. Tiles that give a wrong result are not timed. more: further tiles to measure."""
+    """Measures every number of tokens. Tiles that give a wrong result are not timed."""
     from moerunner.kernels import tiles as choice
 
     generator = torch.Generator(torch.device(device).type).manual_seed(seed)
@@ -85,10 +84,10 @@ def tune(
         def clock(tiles: Any, inputs: list[Inputs] = inputs, judge: Judge = judge) -> Timed:
             return _time(tiles, shape, inputs, judge, replays)
 
-        yield Tuned(count, _search(start, clock, more(count)))
+        yield Tuned(count, _search(start, clock))
 
 
-def _search(start: Any, clock: Callable[[Any], Timed], more: list[Any]) -> tuple[Timed, ...]:
+def _search(start: Any, clock: Callable[[Any], Timed]) -> tuple[Timed, ...]:
     """Neighbours first; of the best the first product, then the second; each tiles once, `start` first."""
     from moerunner.kernels import tiles as choice
 
@@ -103,7 +102,6 @@ def _search(start: Any, clock: Callable[[Any], Timed], more: list[Any]) -> tuple
     base = fastest([start, *choice.neighbours(start)])
     for part, others in choice.alternatives(base):
         base = dataclasses.replace(base, **{part: getattr(fastest([base, *others]), part)})
-    fastest([base, *more])
     return tuple(done.values())
 
 

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moerunner.kernels import hopper, tables
 from moerunner.kernels import tiles as tile_choice
-from moerunner.kernels.common import INTERPRETING, blocks, computable, has_tma, launch, power_of_2
+from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import down, gate_up, sum_slots
 from moerunner.kernels.order import Tiled, order_slots
@@ -186,10 +186,10 @@ def _tiled(
 
 
 def _specialisable(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
-    """Whether `hopper.py` can run it: 16-bit dtypes, rows of whole 16 bytes, weights that TMA can read."""
+    """Whether `hopper.py` can run it: on Hopper, 16-bit dtypes, rows of whole 16 bytes, weights that TMA can read."""
     whole = x.element_size() == 2 and all(n % 8 == 0 for n in w2.shape[1:])
     rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return whole and rows and not INTERPRETING and _describable(w13) and _describable(w2)
+    return whole and rows and hopper.runs_on(x.device) and _describable(w13) and _describable(w2)
 
 
 def _describable(w: Tensor) -> bool:

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moerunner.kernels.activation import act, gate_by
-from moerunner.kernels.common import blocks
+from moerunner.kernels.common import INTERPRETING, blocks
 from moerunner.kernels.order import Tiled
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
@@ -393,6 +393,12 @@ def _described(matrix: Tensor, rows: int) -> TensorDescriptor:
     """[rows, depth] in boxes of 128 x 64; a weight's experts lie one after the other."""
     depth, step = matrix.shape[-1], matrix.stride(-2)
     return TensorDescriptor(matrix, [rows, depth], [step, 1], [128, 64], gl.NVMMASharedLayout(128, 16, 2))
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether this is a GPU with wgmma, and kernels run on it: these have no interpreter."""
+    return not INTERPRETING and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Measured tiles: tables that are shipped for a GPU, and those that `moerunner tune` put in the user's cache.
 
 A table holds tiles for exact shapes at the numbers of tokens that were measured, and only where they beat the choice from the
-shape alone, so reading it never costs time. A table of another GPU, Triton or driver is another file and not read.
+shape alone, so reading it never costs time. A table of another GPU, Triton or CUDA is another file and not read.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def nearest(by_tokens: dict[int, Tiles], tokens: int) -> Tiles | None:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where `moerunner tune` keeps what it measured on this device with this Triton and driver."""
+    """Where `moerunner tune` keeps what it measured on this device with this Triton and CUDA."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    driver = torch.version.cuda
     return (
         Path(root)
         / "moerunner"
         / "tiles"
-        / f"{_slug(torch.cuda.get_device_name(device))}-triton{triton.__version__}-cuda{driver}.json"
+        / f"{_slug(torch.cuda.get_device_name(device))}-triton{triton.__version__}-cuda{torch.version.cuda}.json"
     )
 
 

@@ -37,7 +37,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Specialised:
-    """For `hopper.py`, whose tiles are 128 x 256 x 64. stages: of the ring; lag: products that run when the next is issued."""
+    """For `hopper.py`, whose tiles are 128 x 256 x 64. stages: of the ring; lag: products that run when the next is issued.
+
+    No choice from the shape alone: until measured otherwise it is slower than `Grouped` on most shapes.
+    """
 
     stages: int = 4
     lag: int = 0
@@ -125,8 +128,11 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
 
 
 def neighbours(tiles: Tiles) -> list[Tiles]:
-    """Choices that `choose` makes for a few more or fewer rows."""
-    return [other for other in _HALF if isinstance(tiles, Grouped) and other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
+    """Choices that `choose` makes for a few more or fewer rows, and for many rows those of `hopper.py`."""
+    if not isinstance(tiles, Grouped):
+        return []
+    near: list[Tiles] = [other for other in _HALF if other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
+    return [*near, *([Specialised(lag=0), Specialised(lag=1)] if tiles.block_m >= 64 else [])]
 
 
 def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
