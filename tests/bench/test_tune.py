@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moerunner.bench import Shape, tune
 from moerunner.bench.experts import make_weights
 from moerunner.kernels import tables, tiles
-from moerunner.kernels.tiles import Few, Grouped, Product
+from moerunner.kernels.tiles import Few, Grouped, Product, Specialised
 
 OTHER = Grouped(16, Product(32, 32, 4, 2), Product(32, 32, 4, 2))
 SHAPE = dict(experts=8, top_k=2, hidden=64, inter=32, gated=True, dtype=torch.bfloat16)
@@ -32,7 +32,7 @@ def gpu(tmp_path, monkeypatch):
     tables._measured.cache_clear()
 
 
-@pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True)])
+@pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True), Specialised(lag=1)])
 def test_tiles_survive_json(one):
     assert tiles.from_dict(json.loads(json.dumps(tiles.to_dict(one)))) == one
 
@@ -82,10 +82,10 @@ def test_a_damaged_table_is_as_none(gpu, text):
 def test_the_cache_is_of_this_device_and_these_versions(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200 / 1")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = tables.cache_file(torch.device("cuda", 0))
     assert found.parent == tmp_path / "moerunner" / "tiles"
-    assert found.name == f"NVIDIA-H200-1-triton{tables.triton.__version__}-cuda13000.json"
+    assert found.name == f"NVIDIA-H200-1-triton{tables.triton.__version__}-cuda13.0.json"
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 8192])
@@ -95,13 +95,15 @@ def test_the_search_measures_few_tiles_once_and_finds_the_best_product(tokens):
 
     def clock(one):
         asked.append(one)
+        if isinstance(one, Specialised):
+            return tune.Timed(one, 1.0)
         return tune.Timed(one, 1e-6 * (one.up.block_n + one.down.warps + 0.1 * getattr(one, "block_m", 0)))
 
-    timed = tune._search(start, clock, [OTHER])
+    timed = tune._search(start, clock)
     assert len(asked) == len(set(asked)) == len(timed) <= 16
     assert timed[0].tiles == start
-    assert OTHER in asked
-    own = [t for t in timed if t.tiles != OTHER]
+    assert set(tiles.specialised(start)) <= set(asked)
+    own = [t for t in timed if not isinstance(t.tiles, Specialised)]
     assert min(t.tiles.up.block_n for t in own) == min(own, key=lambda t: t.seconds).tiles.up.block_n
 
 
@@ -128,8 +130,8 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(tune, "replay_seconds", lambda graphs, replays: {"": float(next(seconds))})
     monkeypatch.setattr(tune, "make_weights", lambda shape, copies, *rest: make_weights(shape, 1, *rest))
     monkeypatch.setattr(tiles, "alternatives", lambda one: iter(()))
-    monkeypatch.setattr(tiles, "neighbours", lambda one: [])
-    (found,) = tune.tune(shape, [3], dtype=torch.float32, device=device, more=lambda count: [OTHER])
+    monkeypatch.setattr(tiles, "neighbours", lambda one: [OTHER])
+    (found,) = tune.tune(shape, [3], dtype=torch.float32, device=device)
     assert found.best is found.analytic
     assert found.timed[1].tiles == OTHER
     assert found.timed[1].seconds is None

@@ -88,7 +88,7 @@ def tune(
 
 
 def _search(start: Any, clock: Callable[[Any], Timed]) -> tuple[Timed, ...]:
-    """Neighbours first; of the best the first product, then the second; each tiles once, `start` first."""
+    """Neighbours first; of the best one part after the other; then another kernel. Each tiles once, `start` first."""
     from moerunner.kernels import tiles as choice
 
     done: dict[Any, Timed] = {}
@@ -102,6 +102,7 @@ def _search(start: Any, clock: Callable[[Any], Timed]) -> tuple[Timed, ...]:
     base = fastest([start, *choice.neighbours(start)])
     for part, others in choice.alternatives(base):
         base = dataclasses.replace(base, **{part: getattr(fastest([base, *others]), part)})
+    fastest([base, *choice.specialised(start)])
     return tuple(done.values())
 
 

@@ -128,11 +128,13 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
 
 
 def neighbours(tiles: Tiles) -> list[Tiles]:
-    """Choices that `choose` makes for a few more or fewer rows, and for many rows those of `hopper.py`."""
-    if not isinstance(tiles, Grouped):
-        return []
-    near: list[Tiles] = [other for other in _HALF if other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
-    return [*near, *([Specialised(lag=0), Specialised(lag=1)] if tiles.block_m >= 64 else [])]
+    """Choices that `choose` makes for a few more or fewer rows."""
+    return [other for other in _HALF if isinstance(tiles, Grouped) and other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
+
+
+def specialised(tiles: Tiles) -> list[Tiles]:
+    """What `hopper.py` offers in place of tiles for many rows."""
+    return [Specialised(lag=lag) for lag in (0, 1) if isinstance(tiles, Grouped) and tiles.block_m >= 64]
 
 
 def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
