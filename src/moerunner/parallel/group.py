@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -43,11 +42,10 @@ class TorchComm(Comm):
         ranks = layout.group(self.rank, AXES)
         if mesh.mesh.flatten().tolist() != ranks:
             raise UnsupportedError("the mesh does not count ranks with tp fastest, then ep, then dp", where="Layout.bind")
-        groups: dict[tuple[str, ...], Any] = {}
+        watch, groups = Watch.here(), {}
         for axes in (("ep",), ("tp",), ("ep", "tp"), AXES):
-            every = {tuple(layout.group(rank, axes)) for rank in range(layout.world)}
-            for members in sorted(every):
-                group = dist.new_group(list(members), timeout=timedelta(seconds=layout.timeout + _SPARE))
+            for members in sorted({tuple(layout.group(rank, axes)) for rank in range(layout.world)}):
+                group = watch.group(members, layout.timeout + _SPARE)
                 if self.rank in members:
                     groups[axes] = group
         self._use(groups, mesh.device_type)
