@@ -89,7 +89,7 @@ def test_a_rank_that_keeps_the_store_of_the_process_group(nursery, fault):
 
 @pytest.mark.parametrize("fault", ["gpu", "gpu, and cannot be reached"])
 def test_a_thread_that_waits_for_a_gpu_is_interrupted_or_ended(nursery, fault):
-    killed, other = nursery.run(world=2, layout={"ep": 2}, fault=fault, victim=0, seed=1, timeout=LONG)
+    killed, other = nursery.run(world=2, layout={"ep": 2}, options={}, fault=fault, victim=0, seed=1, timeout=LONG)
     assert (killed.status, other.status) == (signal.SIGKILL, 1 << 8)
     told = "rank 0: its process.* has ended"
     if fault == "gpu":

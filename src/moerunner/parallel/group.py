@@ -61,6 +61,9 @@ class TorchComm(Comm):
     def failed(self, error: Exception) -> Exception:
         return error if isinstance(error, DistributedError) else self._watch.fail(error)
 
+    def process_group(self, axes: tuple[str, ...]) -> Any:
+        return self._groups[axes]
+
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x, on every rank; the others' give shape and dtype."""
         out = x.clone(memory_format=torch.contiguous_format)
