@@ -239,6 +239,10 @@ class Watch:
         who = "the launcher, which keeps" if agent else "its process, which keeps"
         return self.rank if agent else 0, f"{who} the store of the process group, {how}; {what} waited for it"
 
+    def _keeper_left(self) -> bool:
+        """Whether rank 0, if it is that which keeps the store, came to its end without an error."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and (self.rank == 0 or self._peers[0].left)
+
     def _fail(self, said: Mapping[str, Any]) -> DistributedError:
         with self._lock:
             if self.failed is None:
@@ -286,6 +290,8 @@ class Watch:
                     question()
                 except RuntimeError:  # whoever keeps the store has ended
                     self._gone = True
+                    if not self._keeper_left():
+                        self._fail(dict(zip(("rank", "what"), self._keeper("has ended", "the program"), strict=True)))
                 self._idle = True
             if self._over.is_set():
                 self._default = self._store = None
@@ -350,8 +356,7 @@ class Watch:
             common = (key for key in self._issued if str(rank) in key.split(","))
             if self._heard - peer.changed > timeout and any(peer.issued(key) < self._issued[key] for key in common):
                 return rank, f"has not come to a collective within {timeout:g} s"
-        first = self._peers.get(0)
-        return self._keeper("has ended", "the program") if self._gone and not (first and first.left) else None
+        return None
 
     def _leave(self) -> None:
         """At the end of the process: says how it ended, and where it keeps the store, lets the others read that."""
@@ -371,7 +376,7 @@ class Watch:
             if all(peer.said.get("failed") or peer.process() for peer in self._peers.values()):
                 break
             time.sleep(_BEAT / 5)
-        if keeps and self._gpu is not None and self.failed is None:
+        if keeps and self.failed is None and any(not p.left and not p.process() for p in self._peers.values()):
             time.sleep(2 * _BEAT)  # until the others have heard that it ends well
         self._over.set()
         self._later(lambda: None)
