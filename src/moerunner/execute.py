@@ -22,7 +22,7 @@ from moerunner.experts.registry import get
 from moerunner.ops.activation import rms_norm
 from moerunner.ops.precision import Product, linear, linear_by_blocks, wide
 from moerunner.ops.route import gate_logits, route
-from moerunner.parallel import allgather, alltoall, local
+from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.comm import Comm
 from moerunner.parallel.pairs import Pair, SlotMap, Trip
 from moerunner.parallel.rows import SideStream, Work, beside, joined
@@ -33,7 +33,7 @@ from moerunner.spec import Custom, Linear, RMSNorm, TransformSpec
 from moerunner.values import ExpertWeights, LayerWeights, TopK
 
 Unary = Callable[[Tensor, LayerWeights], Tensor]
-_PAIRS: dict[str, Pair] = {module.INFO.name: module for module in (local, allgather, alltoall)}  # type: ignore[misc]
+_PAIRS: dict[str, Pair] = {module.INFO.name: module for module in (local, allgather, alltoall, deepep)}  # type: ignore[misc]
 
 
 class Verbs:

@@ -110,7 +110,7 @@ def mutations(steps: tuple[Step, ...]) -> Iterator[tuple[str, tuple[Step, ...]]]
 def run(plan: Plan, bound: BoundLayout, runner: MoERunner, x: torch.Tensor) -> torch.Tensor:
     runner._verbs.clear()
     runner._verbs["cpu", x.dtype, False] = Verbs(plan, bound.comm, runner._slots)
-    runner._agreed = True
+    runner._agreed = {x.dtype}
     return runner(x)
 
 

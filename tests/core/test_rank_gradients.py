@@ -34,7 +34,6 @@ from moerunner import (
     RMSNorm,
     RoutingSpec,
     SharedSpec,
-    UnsupportedError,
 )
 from moerunner.experts import eager, registry
 from moerunner.parallel.comm import simulate
@@ -274,8 +273,3 @@ def test_parameters_are_cut_into_parameters_of_the_rank(layout):
 
     simulate(layout, main)
     assert given["w13"].grad is None
-
-
-def test_deepep_is_refused_with_the_reason():
-    with pytest.raises(UnsupportedError, match=r"no adapter for DeepEP.*alltoall"):
-        Options(dispatch="deepep")  # type: ignore[arg-type]

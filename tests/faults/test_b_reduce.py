@@ -1,5 +1,6 @@
 """Section B of docs/faults.md: reductions, shared experts and ranks. Ranks are simulated, as threads of this process."""
 
+import contextlib
 import dataclasses
 import threading
 
@@ -398,6 +399,93 @@ def test_B13_shared_experts_run_while_tokens_travel_and_nothing_else_is_issued(l
     for events, y in simulate(layout, main):
         assert events == ["start", f"shared after {issued}", "wait", "start", "wait"]
         assert_close(y, reference(spec, LayerWeights.of(spec, weights), tokens(3)))
+
+
+@pytest.mark.parametrize("verb", ["dispatch", "combine", "reduce", "experts", "join"])
+def test_B13_nothing_else_runs_on_a_side_stream(verb):
+    plan = plan_of(Layout(ep=2), shared=GATED)
+    steps = tuple(dataclasses.replace(s, side=8) if s.verb == verb else s for s in plan.steps)
+    told = "issues a collective on a side stream" if verb in ("dispatch", "combine", "reduce") else "changes '.*' on a side"
+    with pytest.raises(PlanError, match=told):
+        dataclasses.replace(plan, steps=steps)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(ep=2), Layout(ep=2, tp=2, tokens="sharded"), Layout(tp=2, tokens="sharded")]
+)
+def test_B13_shared_experts_have_a_side_stream_on_cuda_where_that_is_safe(layout):
+    spec = make_spec(shared=GATED)
+
+    def shared(device="cuda", **options):
+        meta = LayerWeights.of(spec, make_weights(spec)).meta()
+        dispatch = "alltoall" if layout.tokens == "sharded" and layout.ep > 1 else "auto"
+        plan = resolve(spec, layout, meta, device, Options(backend="eager", dispatch=dispatch, **options))
+        assert [s.verb for s in plan.steps if s.side] in ([], ["shared"])
+        return plan.step("shared"), plan.explain()
+
+    step, said = shared()
+    travels = layout.tokens == "sharded" and layout.ep > 1
+    assert step.side > 1 << 40 if travels else step.side == 256
+    assert "on a side stream" in said
+    for device, options, reason in (
+        ("cpu", {}, ""),
+        ("cuda", {"overlap": False}, "not a side stream: Options.overlap is off"),
+        ("cuda", {"grad": True}, "not a side stream: a backward"),
+    ):
+        step, said = shared(device, **options)
+        assert step.side == 0
+        assert reason in said
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=2, tp=2, tokens="sharded")], ids=["local", "alltoall"])
+def test_B12_B13_a_side_stream_changes_nothing_and_sees_no_collective(monkeypatch, layout, copies):
+    """With streams that only tell what they are asked: the side one waits for the tokens, and the join waits for it."""
+    layout = dataclasses.replace(layout, redundant=copies)
+    spec = make_spec(factor=2.5, on_output=True, shared=GATED)
+    weights = make_weights(spec)
+    here = threading.local()
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            here.events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def entered(stream):
+        here.events.append(f"{stream.name} begins")
+        before = len(here.comm.log)
+        yield
+        assert len(here.comm.log) == before
+        here.events.append(f"{stream.name} ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(stream.name))
+
+    def main(bound):
+        here.events, here.comm = [], bound.comm
+        dispatch = "alltoall" if layout.tokens == "sharded" else "auto"
+        runner = MoERunner(spec, weights, bound, Options(dispatch=dispatch))
+        alone = runner(tokens(9))
+        verbs = next(iter(runner._verbs.values()))
+        verbs._side_tokens = 9
+        experts, join = verbs.experts, verbs.join
+        verbs.experts = lambda *given: (here.events.append("experts"), experts(*given))[1]
+        verbs.join = lambda *given: (here.events.append("join"), join(*given))[1]
+        beside = runner(tokens(9))
+        runner(tokens(10))  # too many
+        return here.events, torch.equal(alone, beside)
+
+    for events, same in simulate(layout, main):
+        started = ["side waits for main", "side begins", "side ends"]
+        assert events == [*started, "experts", "main waits for side", "join", "experts", "join"]
+        assert same
+    assert set(kept) == {"side", "main"}
 
 
 def test_B14_what_travels_is_not_the_callers_tokens():

@@ -45,15 +45,17 @@ def rank_main(case: dict[str, Any], rank: int, told: Path) -> None:
         if victim and fault == "weights":
             spec = dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, intermediate_size=24))
             own = {name: torch.randn(shape, dtype=dtype) for name, shape in spec.weight_shapes().items()}
-        runner = MoERunner(spec, own, bound, Options(**case.get("options", {})))
+        runner = MoERunner(spec, own, bound, Options(**case["options"]))
         counts = case.get("counts", [5] * layout.world)
         x = rows_of(layout, counts, case["seed"])[rank].to(dtype)
         expected = reference(SPEC, LayerWeights.of(SPEC, weights(case["seed"])), x)
+        if case["options"].get("output") == "shard":
+            expected = expected.split(layout.token_counts(len(x)))[rank % (layout.ep * layout.tp)]
         draw = random.Random(case["seed"])
         if victim and fault in ("kill", "stop"):
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault]
         with torch.no_grad():
-            for count in range(case.get("forwards", 100000)):
+            for count in range(100000):
                 if victim and count == STEADY:
                     if fault in ("kill", "stop"):  # at any moment
                         threading.Timer(0.2 * draw.random(), os.kill, (os.getpid(), number)).start()
@@ -65,10 +67,12 @@ def rank_main(case: dict[str, Any], rank: int, told: Path) -> None:
                         _break(fault)
                     elif fault == "outside":
                         raise Refused("is broken here")
+                if count == STEADY and fault.startswith("gpu"):
+                    _wait_as_on_a_gpu(bound, victim, 0.01 if fault == "gpu" else 60)
                 start = time.monotonic()
                 y = runner(x)
                 found["forwards"] += 1
-                if x.numel() and not _close(y, expected, 2e-6 if dtype == torch.float32 else 2e-2):
+                if y.numel() and not _close(y, expected, 2e-6 if dtype == torch.float32 else 2e-2):
                     found["wrong"] = True
                 start = time.monotonic()
     except Exception as error:
@@ -77,6 +81,16 @@ def rank_main(case: dict[str, Any], rank: int, told: Path) -> None:
         raise
     finally:
         told.write_text(json.dumps(found))
+
+
+def _wait_as_on_a_gpu(bound: Any, killed: bool, seconds: float) -> None:
+    """For ever, as for the result of a collective that a rank does not come to; nothing is raised for so many seconds."""
+    watch = bound.comm._watch
+    watch.keep(bound.comm._groups[("ep",)], bound.layout.timeout, gpu=True)
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(seconds)
 
 
 def _break(fault: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tests.parallel.nursery import Nursery
 
-TIMEOUT = 8.0  # of the layout, seconds
+TIMEOUT = {"stop": 8.0, "sleep": 8.0}  # of the layout, seconds, where it has to pass
+LONG = 60.0  # of all others, which end before
 SPARE = 20.0  # beyond it, for a machine that is busy
 
 LAYOUTS = [
@@ -45,8 +46,9 @@ def nursery():
     made.end()
 
 
-def check(nursery: Nursery, fault: str, choice: int, *, timeout: float = TIMEOUT, victim: int | None = None) -> None:
+def check(nursery: Nursery, fault: str, choice: int, *, victim: int | None = None) -> None:
     world, layout, options = LAYOUTS[choice]
+    timeout = TIMEOUT.get(fault, LONG)
     seed = int(torch.randint(1 << 30, ()))
     victim = random.Random(seed).randrange(world) if victim is None else victim
     case = {"world": world, "layout": layout, "options": options, "fault": fault, "victim": victim, "seed": seed}
@@ -72,7 +74,7 @@ def check(nursery: Nursery, fault: str, choice: int, *, timeout: float = TIMEOUT
             assert re.search(rf"ranks? \[?{victim or 1}", cause), told
         else:
             assert text.startswith(f"rank {victim}: "), told
-        assert one.seconds <= timeout + SPARE, told
+        assert one.seconds <= TIMEOUT.get(fault, 0.0) + SPARE, told
 
 
 @pytest.mark.parametrize("fault", ["kill", "raise", "weights"])
@@ -82,12 +84,28 @@ def test_every_rank_names_the_one_that_failed_and_why(nursery, fault):
 
 @pytest.mark.parametrize("fault", ["stop", "memory"])
 def test_a_rank_that_keeps_the_store_of_the_process_group(nursery, fault):
-    check(nursery, fault, choice=0, timeout=4.0, victim=0)
+    check(nursery, fault, choice=0, victim=0)
+
+
+@pytest.mark.parametrize("fault", ["gpu", "gpu, and cannot be reached"])
+def test_a_thread_that_waits_for_a_gpu_is_interrupted_or_ended(nursery, fault):
+    killed, other = nursery.run(world=2, layout={"ep": 2}, options={}, fault=fault, victim=0, seed=1, timeout=LONG)
+    assert (killed.status, other.status) == (signal.SIGKILL, 1 << 8)
+    told = "rank 0: its process.* has ended"
+    if fault == "gpu":
+        assert other.error is not None
+        kind, text = other.error
+        assert (kind, text.split(".")[0]) == ("DistributedError", "rank 0: its process has ended")
+        assert other.seconds < SPARE
+    else:
+        assert re.search(rf"moerunner\.DistributedError: {told}", other.text)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("fault", list(CAUSES))
 def test_twenty_times(nursery, fault):
+    copies = fault != "exit"  # other copies go on without a program that has come to its end
+    choices = [i for i, (_, layout, _) in enumerate(LAYOUTS) if copies or "dp" not in layout]
     for count in range(20):
-        check(nursery, fault, choice=count % len(LAYOUTS), timeout=5.0 if fault in ("stop", "sleep") else TIMEOUT)
+        check(nursery, fault, choice=choices[count % len(choices)])

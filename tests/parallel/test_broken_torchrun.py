@@ -14,8 +14,8 @@ import pytest
 
 import moerunner
 
-TIMEOUT = 6.0  # of --timeout, seconds
-LATEST = 120.0  # until all must be gone: torchrun waits 30 s for a process that is stopped before it kills it
+TIMEOUT = {"SIGKILL": 90.0, "SIGSTOP": 20.0}  # of --timeout, seconds
+LATEST = 180.0  # until all must be gone: torchrun waits 30 s for a process that is stopped before it kills it
 
 # Runs the command line, and after some layers does to rank 1 what it was told.
 SCRIPT = """
@@ -42,7 +42,7 @@ def run(fault: str, folder: Path, tmp_path: Path, verb: str) -> tuple[int, str, 
     pids.mkdir(exist_ok=True)
     arguments = ["abc", "--max-new-tokens", "40"] if verb == "generate" else ["--tokens", "24"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script), fault]
-    command += [str(pids), verb, str(folder), *arguments, "--ep", "2", "--timeout", str(TIMEOUT)]
+    command += [str(pids), verb, str(folder), *arguments, "--ep", "2", "--timeout", str(TIMEOUT[fault])]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(Path(moerunner.__file__).parents[1])
     start = time.monotonic()

@@ -16,7 +16,7 @@ from moerunner.parallel.pairs import PairInfo, SlotMap, Trip, gather_tokens
 from moerunner.parallel.rows import Work
 from moerunner.values import TopK
 
-INFO = PairInfo(name="allgather", tokens="sharded", reduces=True, experts_return="any")
+INFO = PairInfo(name="allgather", tokens="sharded", reduces=True, experts_return="any", host_sync=True)
 
 
 def dispatch(x_TH: Tensor, topk: TopK, slots: SlotMap, comm: Comm, *, dtype: torch.dtype) -> Work[tuple[Tensor, Trip]]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moerunner.errors import Changed, DistributedError
+from moerunner.errors import Changed, DistributedError, UnsupportedError
 from moerunner.parallel.layout import BoundLayout, Layout
 from moerunner.parallel.peers import compare
 from moerunner.parallel.rows import Work, differentiable, pack, unpack
@@ -129,6 +129,10 @@ class Comm(ABC):
     def failed(self, error: Exception) -> Exception:
         """Tells the other ranks, where there are any, that this one cannot go on; what is to be raised here."""
         return error
+
+    def process_group(self, axes: tuple[str, ...]) -> Any:
+        """The `ProcessGroup` of torch.distributed over these axes, for kernels that communicate by themselves."""
+        raise UnsupportedError("simulated ranks have no process group", where=f"rank {self.rank}")
 
     def index(self, axes: tuple[str, ...]) -> int:
         """This rank's place in the group over these axes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -43,11 +44,10 @@ class TorchComm(Comm):
         ranks = layout.group(self.rank, AXES)
         if mesh.mesh.flatten().tolist() != ranks:
             raise UnsupportedError("the mesh does not count ranks with tp fastest, then ep, then dp", where="Layout.bind")
-        groups: dict[tuple[str, ...], Any] = {}
+        watch, groups = Watch.here(), {}
         for axes in (("ep",), ("tp",), ("ep", "tp"), AXES):
-            every = {tuple(layout.group(rank, axes)) for rank in range(layout.world)}
-            for members in sorted(every):
-                group = dist.new_group(list(members), timeout=timedelta(seconds=layout.timeout + _SPARE))
+            for members in sorted({tuple(layout.group(rank, axes)) for rank in range(layout.world)}):
+                group = watch.group(members, layout.timeout + _SPARE)
                 if self.rank in members:
                     groups[axes] = group
         self._use(groups, mesh.device_type)
@@ -62,6 +62,9 @@ class TorchComm(Comm):
 
     def failed(self, error: Exception) -> Exception:
         return error if isinstance(error, DistributedError) else self._watch.fail(error)
+
+    def process_group(self, axes: tuple[str, ...]) -> Any:
+        return self._groups[axes]
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x, on every rank; the others' give shape and dtype."""
@@ -95,6 +98,7 @@ class TorchComm(Comm):
             work = issue(group=self._groups[axes], async_op=later or not like.is_cuda)
         if like.is_cuda:
             return work.wait if later else lambda: None
+        work = _InThread(work) if name == "reduce_scatter" else work
         return lambda: self._watch.wait(work, members, what, timeout)
 
     def _run(self, name: str, axes: tuple[str, ...], like: Tensor, issue: Callable[..., Any]) -> None:
@@ -150,6 +154,31 @@ class TorchComm(Comm):
             return out
 
         return arrive
+
+
+class _InThread:
+    """Work whose `wait` knows no time limit, gloo's reduce-scatter, as work whose `wait` does."""
+
+    def __init__(self, work: Any) -> None:
+        self._work, self._over = work, threading.Event()
+        self._error: RuntimeError | None = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = error
+        self._over.set()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self._over.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("is not over yet")
+        if self._error is not None:
+            raise self._error
+
+    def is_completed(self) -> bool:
+        return self._over.is_set()
 
 
 def _bytes(item: Any) -> Tensor:

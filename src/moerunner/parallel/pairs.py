@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class PairInfo:
     """tokens: the placement of tokens it is made for. reduces: its combine returns finished rows, no reduction is left.
 
     experts_return: what it takes from the experts; `any` or `rows`. overlaps: shared experts may run while it travels.
+    host_sync: the host waits for counts of rows.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PairInfo:
     reduces: bool
     experts_return: Literal["any", "rows"]
     overlaps: bool = False
+    host_sync: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Trip:
     received: tuple[int, ...] = ()
     order: Tensor | None = None
     home: TopK | None = None
+    handle: Any = None
 
 
 class Pair(Protocol):

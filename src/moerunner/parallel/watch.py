@@ -3,7 +3,7 @@
 Each process has a thread that writes into the store of the process group that it lives and which collectives it has come to,
 and reads the same of the others. The first failure that anybody sees is written there too, so that all ranks end with the
 same `DistributedError`. On CPUs the program's own thread looks at this whenever a collective takes long. On GPUs it may wait
-where nothing can be raised, so there the thread raises in it and frees it, see `_rescue`.
+where nothing can be raised, so there this thread interrupts it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 from moerunner.errors import DistributedError
+from moerunner.parallel.interrupt import interrupt
 from moerunner.parallel.peers import Peer, compare, here
 
 _BEAT = 0.5  # seconds between two signs of life, and between two looks at them
@@ -47,10 +48,11 @@ class Watch:
         self._idle, self._gone = True, False  # whether the store has answered; whether it never will
         self._issued: Counter[str] = Counter()
         self._asked: Counter[str] = Counter()
-        self._waits, self._left, self._beat = False, False, 0
+        self._waits, self._left, self._told, self._beat = False, False, False, 0
+        self._made: dict[tuple[tuple[int, ...], float], Any] = {}
         self._groups: list[Any] = []
         self._gpu: tuple[int, float] | None = None  # the thread that issues collectives of a GPU, and their timeout
-        self._raised, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._over, self._lock = threading.Event(), threading.Lock()
         self._questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True, name="moerunner-watch")
         self._thread.start()
@@ -71,9 +73,18 @@ class Watch:
 
     # What the ranks' own code calls.
 
+    def group(self, members: tuple[int, ...], timeout: float) -> Any:
+        """A process group of these ranks, made once; every rank must ask for it, in the same order as for all others."""
+        import torch.distributed as dist
+
+        if (members, timeout) not in self._made:
+            self._made[members, timeout] = dist.new_group(list(members), timeout=timedelta(seconds=timeout))
+        return self._made[members, timeout]
+
     def keep(self, group: Any, timeout: float, *, gpu: bool) -> None:
         """A group whose collectives this watches; timeout: seconds that one may take."""
-        self._groups.append(group)
+        if group not in self._groups:
+            self._groups.append(group)
         if gpu:
             self._gpu = (threading.get_ident(), min(timeout, self._gpu[1] if self._gpu else timeout))
 
@@ -228,6 +239,10 @@ class Watch:
         who = "the launcher, which keeps" if agent else "its process, which keeps"
         return self.rank if agent else 0, f"{who} the store of the process group, {how}; {what} waited for it"
 
+    def _keeper_left(self) -> bool:
+        """Whether rank 0, if it is that which keeps the store, came to its end without an error."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and (self.rank == 0 or self._peers[0].left)
+
     def _fail(self, said: Mapping[str, Any]) -> DistributedError:
         with self._lock:
             if self.failed is None:
@@ -240,6 +255,11 @@ class Watch:
         return self._again()
 
     def _again(self) -> DistributedError:
+        """The error for the program, which knows of it from then on."""
+        self._told = self._told or threading.current_thread() is not self._thread
+        return self._error()
+
+    def _error(self) -> DistributedError:
         """The same error, without the traceback of the last time."""
         assert self.failed is not None
         return DistributedError(self.failed.what, where=self.failed.where, next_step=self.failed.next_step)
@@ -270,9 +290,12 @@ class Watch:
                     question()
                 except RuntimeError:  # whoever keeps the store has ended
                     self._gone = True
+                    if not self._keeper_left():
+                        self._fail(dict(zip(("rank", "what"), self._keeper("has ended", "the program"), strict=True)))
                 self._idle = True
             if self._over.is_set():
                 self._default = self._store = None
+                self._groups, self._made = [], {}
                 return
             if not dist.is_initialized():
                 self._over.set()
@@ -306,36 +329,19 @@ class Watch:
             self._fail(json.loads(self._store.get("failed").decode()))
 
     def _rescue(self) -> None:
-        """On GPUs: if a rank has failed, the error is raised in the thread that may wait for it, which is then freed.
-
-        NCCL's kernels wait for ever for a rank that is gone, and so does whoever wants their result. They are ended with their
-        communicators, and what they would have computed is never seen: the error is raised before the next line is run. A
-        thread that cannot even then go on ends with its process.
-        """
+        """On GPUs: if a rank has failed, the error is raised in the thread that may wait for it."""
         assert self._gpu is not None
         thread, timeout = self._gpu
         if self.failed is None:
             found = self._find_on_gpu(timeout)
             if found is not None:
-                self._fail({"rank": found[0], "what": found[1]})
-                self._later(lambda: self._store.compare_set("failed", "", json.dumps({"rank": found[0], "what": found[1]})))
+                said = {"rank": found[0], "what": found[1]}
+                self._fail(said)
+                self._later(lambda: self._store.compare_set("failed", "", json.dumps(said)))
         if self.failed is None or self._over.wait(2 * _BEAT):  # it may come to a collective, and raise there by itself
             return
-        text, raised = self._again(), self._raised
-
-        class Raised(DistributedError):  # an error that is raised from outside is made without arguments
-            def __init__(self) -> None:
-                DistributedError.__init__(self, text.what, where=text.where, next_step=text.next_step)
-                raised.set()
-
-        Raised.__name__ = Raised.__qualname__ = DistributedError.__name__
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Raised))
-        threading.Thread(target=self._abort, daemon=True).start()
-        if not raised.wait(10 * _BEAT):
-            sys.stderr.write(f"moerunner.DistributedError: {text}\n")
-            sys.stderr.flush()
-            os._exit(1)
         self._gpu = None
+        interrupt(None if self._told else thread, self._error(), self._groups, patience=10 * _BEAT)
 
     def _find_on_gpu(self, timeout: float) -> tuple[int, str] | None:
         """A rank for which this one may wait in vain. One that has not come is late only if it comes to nothing else either."""
@@ -350,15 +356,7 @@ class Watch:
             common = (key for key in self._issued if str(rank) in key.split(","))
             if self._heard - peer.changed > timeout and any(peer.issued(key) < self._issued[key] for key in common):
                 return rank, f"has not come to a collective within {timeout:g} s"
-        first = self._peers.get(0)
-        return self._keeper("has ended", "the program") if self._gone and not (first and first.left) else None
-
-    def _abort(self) -> None:
-        import torch
-
-        for group in self._groups:
-            with contextlib.suppress(RuntimeError, AttributeError):
-                group._get_backend(torch.device("cuda")).abort()
+        return None
 
     def _leave(self) -> None:
         """At the end of the process: says how it ended, and where it keeps the store, lets the others read that."""
@@ -378,7 +376,7 @@ class Watch:
             if all(peer.said.get("failed") or peer.process() for peer in self._peers.values()):
                 break
             time.sleep(_BEAT / 5)
-        if keeps and self._gpu is not None and self.failed is None:
+        if keeps and self.failed is None and any(not p.left and not p.process() for p in self._peers.values()):
             time.sleep(2 * _BEAT)  # until the others have heard that it ends well
         self._over.set()
         self._later(lambda: None)

@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moerunner.errors import SpecError, UnsupportedError
+from moerunner.errors import SpecError
 
 Output = Literal["replicate", "partial", "shard"]
-Dispatch = Literal["auto", "allgather", "alltoall"]
+Dispatch = Literal["auto", "allgather", "alltoall", "deepep"]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +24,7 @@ class Options:
         float16.
     grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
-    capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts.
+    capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts; `deepep` needs that package.
     overlap: on CUDA shared experts run on a stream of their own, while tokens travel or the routed experts of few tokens run.
     count_loads: `runner.loads` counts how often each expert is chosen.
     """
@@ -57,9 +57,6 @@ class Options:
             if not isinstance(value, bool) and not (name == "grad" and value is None):
                 raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")
         for name, kind in (("output", Output), ("dispatch", Dispatch)):
-            if name == "dispatch" and self.dispatch == "deepep":
-                next_step = "Use 'alltoall', which sends the same rows through torch.distributed"
-                raise UnsupportedError("has no adapter for DeepEP's kernels", where="Options.dispatch", next_step=next_step)
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise SpecError(f"must be one of {allowed}, not {getattr(self, name)!r}", where=f"Options.{name}")

@@ -79,7 +79,7 @@ class Plan:
     def counts(self) -> tuple[Collective, ...]:
         """The exchanges of row counts before them: one whole number for each rank of the group."""
         found = self.step("dispatch")
-        if found is None:
+        if found is None or found.kernel == "deepep":  # which exchanges them itself
             return ()
         gathered: list[Collective] = [("all_gather", found.gathers)] if found.gathers else []
         return tuple(gathered + ([("all_to_all", ("ep",))] if found.kernel == "alltoall" else []))
@@ -146,6 +146,10 @@ class Plan:
             if state is None:
                 continue
             row = state.padded_to * _BYTES[s.dtype or self.dtype]
+            if s.kernel == "deepep":  # a token, and its sum, once for each rank that has one of its experts
+                elsewhere = (self.layout.ep - 1) * (1 - (1 - 1 / self.layout.ep) ** self.spec.top_k)
+                issued.append(("all_to_all", ("ep",), row * elsewhere))
+                continue
             if s.verb == "dispatch" and s.gathers:
                 issued.append(("all_gather", s.gathers, row * (self._ranks(s.gathers) - 1)))
             if s.verb in ("dispatch", "combine") and s.kernel == "alltoall":

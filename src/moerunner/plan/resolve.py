@@ -11,7 +11,7 @@ from moerunner import quant
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts.base import Request
 from moerunner.experts.registry import Chosen, choose
-from moerunner.parallel import allgather, alltoall, local
+from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
 from moerunner.plan.options import Options
@@ -190,12 +190,29 @@ class _Builder:
         )
 
     def _dispatch(self) -> PairInfo:
+        pair = self._pair()
+        if self.options.capturable and pair.host_sync:
+            what = f"tokens that travel by {pair.name} have the host wait for their counts, which no CUDA graph can hold"
+            raise UnsupportedError(
+                what, where="Options.capturable", next_step="Replicate the tokens: Layout(tokens='replicated')"
+            )
+        return pair
+
+    def _pair(self) -> PairInfo:
         layout, wish = self.layout, self.options.dispatch
         if layout.tokens == "replicated" or not layout.split_axes:
             if wish != "auto":
                 raise UnsupportedError(f"tokens are not sharded, {wish!r} has nothing to do", where="Options.dispatch")
             self.add("dispatch", kernel="local", reason="every rank has all tokens and runs its own experts")
             return local.INFO
+        if wish == "deepep":
+            facts = {"device": self.device, "dtype": self.dtype, "travels": self.reduce_dtype, "grad": bool(self.options.grad)}
+            against = deepep.refusal(layout, **facts, width=self.meta["experts.0.w2"].shape[1])
+            if against:
+                step = "Use 'alltoall', which sends the same rows through torch.distributed"
+                raise UnsupportedError(f"'deepep' {against}", where="Options.dispatch", next_step=step)
+            self.add("dispatch", kernel="deepep", gathers=("ep",), reason="asked for; each token goes to a rank once")
+            return deepep.INFO
         use_all = layout.ep > 1 and (wish == "alltoall" or (wish == "auto" and self.spec.top_k < layout.ep))
         if wish == "alltoall" and layout.ep == 1:
             raise UnsupportedError("'alltoall' needs ep above 1", where="Options.dispatch")
@@ -255,7 +272,9 @@ class _Builder:
                 why = "a norm of the expert's whole row, each rank has a partial sum of it"
                 self.add("reduce", axes=("tp",), at="row_norm", dtype=self.reduce_dtype, reason=why)
             self.add("row_norm", kernel="RMSNorm")
-        back = {"allgather": self.layout.split_axes, "alltoall": ("tp",) if self.layout.tp > 1 else ()}.get(pair.name, ())
+        back = {"allgather": self.layout.split_axes, "deepep": ("ep",), "alltoall": ("tp",) if self.layout.tp > 1 else ()}.get(
+            pair.name, ()
+        )
         routed = self.state("routed")
         assert routed is not None
         whole = tuple(a for a in back if routed.at(a) == Replicate())
