@@ -42,7 +42,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all mutants accuracy upstream versions lint format clean
+.PHONY: help demo test test-all mutants accuracy upstream versions docs numbers lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,13 @@ versions: $(VENV)/.stamp-dev ## every family against each release of Transformer
 accuracy: $(VENV)/.stamp-demo ## 17 families against Transformers, on a GPU if there is one; writes docs/accuracy.md
 	@$(BIN)/python scripts/accuracy.py
 
+docs: $(VENV)/.stamp-docs ## the documentation as pages in .cache-make/site, without the network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open $(CACHE)/site/index.html"
+
+numbers: $(VENV)/.stamp-venv ## the tables of README.md and docs/benchmarks.md from benchmarks/results/
+	@$(BIN)/python scripts/numbers.py
+
 lint: $(VENV)/.stamp-dev ## ruff, pyright and the import floors only
 	@$(BIN)/ruff check $(LINTED)
 	@$(BIN)/ruff format --check $(LINTED)
@@ -119,5 +126,9 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml
 	@echo "[3/4] moerunner with Transformers and the test tools"
-	@$(PIP) install -q -e '.[hf,dev]'
+	@$(PIP) install -q -e '.[hf,serve,plot,dev]'
 	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-demo
+	@$(PIP) install -q -e '.[docs]'
+	@touch $@
