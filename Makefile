@@ -84,7 +84,7 @@ accuracy: $(VENV)/.stamp-demo ## 17 families against Transformers, on a GPU if t
 
 docs: $(VENV)/.stamp-docs ## the documentation as pages in .cache-make/site, without the network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open $(CACHE)/site/index.html"
+	@echo "open $(CACHE)/site/index.html, or with search: $(BIN)/python -m http.server -d $(CACHE)/site"
 
 numbers: $(VENV)/.stamp-venv ## the tables of README.md and docs/benchmarks.md from benchmarks/results/
 	@$(BIN)/python scripts/numbers.py
