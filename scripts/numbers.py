@@ -1,14 +1,15 @@
 """Writes the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, and nothing else: `make numbers`.
 
 Two kinds of files are read. Layers: what `moerunner bench --save` writes, `results` with shape, tokens, routing,
-implementation, floor and seconds. Whole models: `steps` with model, what, implementation, seconds and, where it is known,
-floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
+implementation, floor and seconds. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each
+implementation, with the floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,20 @@ def versions_of(environment: Row) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", "transformers", "vllm") if found.get(name))
 
 
-def files(kind: str, folder: Path) -> list[tuple[str, Row]]:
-    """Files that have such a list, oldest first, with their dates."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = data.get(kind) if isinstance(data, dict) else None
-        if isinstance(rows, list) and rows and "implementation" in rows[0]:
-            found.append((path.name[:10], data))
-    return found
+def files(folder: Path) -> list[tuple[str, Row]]:
+    """Every result, oldest first, with its date."""
+    found = [(path.name[:10], json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return [(date, data) for date, data in found if isinstance(data, dict)]
 
 
-def newest(kind: str, keys: tuple[str, ...], folder: Path) -> dict[str, list[Row]]:
-    """By device, the rows of the newest file for each value of the first key, each row with its date and versions."""
+def newest(rows_of: Callable[[Row], list[Row]], key: str, folder: Path) -> dict[str, list[Row]]:
+    """By device, the rows of the newest file for each value of the key, each row with its date, dtype and versions."""
     kept: dict[tuple[str, Any], list[Row]] = {}
-    for date, data in files(kind, folder):
+    for date, data in files(folder):
         by_name: dict[tuple[str, Any], list[Row]] = {}
-        for row in data[kind]:
+        for row in rows_of(data):
             said = {**row, "date": date, "versions": versions_of(data["environment"]), "dtype": data.get("dtype", "bfloat16")}
-            by_name.setdefault((device_of(data), row[keys[0]]), []).append(said)
+            by_name.setdefault((device_of(data), row[key]), []).append(said)
         kept.update(by_name)
     devices: dict[str, list[Row]] = {}
     for (device, _), rows in kept.items():
@@ -62,8 +58,28 @@ def newest(kind: str, keys: tuple[str, ...], folder: Path) -> dict[str, list[Row
     return devices
 
 
+def layer_rows(data: Row) -> list[Row]:
+    rows = data.get("results")
+    return rows if isinstance(rows, list) and rows and "implementation" in rows[0] else []
+
+
+def step_rows(data: Row) -> list[Row]:
+    """A row for each step of each implementation: inside a CUDA graph where there is one, else launched from Python."""
+    found = []
+    for part in data.values():
+        if not (isinstance(part, dict) and isinstance(part.get("decode"), list)):
+            continue
+        model = f"{data.get('model', 'Qwen3-30B-A3B')}, {data['layers']} layers"
+        for row in part["decode"]:
+            how = " in a CUDA graph" if row.get("graph") else ""
+            found.append({**row, "model": model, "what": f"decode, batch {row['batch']}{how}", "place": row["batch"]})
+        for row in part.get("prefill", ()):
+            found.append({**row, "model": model, "what": f"prefill, {row['tokens']:,} tokens", "place": 10**6 + row["tokens"]})
+    return found
+
+
 def seconds_of(row: Row) -> float | None:
-    return row.get("graph") or row.get("eager")
+    return row.get("graph") or row.get("eager") or row.get("python")
 
 
 def is_ours(row: Row) -> bool:
@@ -78,17 +94,15 @@ def microseconds(seconds: float) -> str:
 def layers(short: bool, folder: Path) -> list[str]:
     """A table for each device: the floor, ours, and the fastest of each other implementation."""
     lines = []
-    for device, rows in newest("results", ("shape", "tokens"), folder).items():
+    for device, rows in newest(layer_rows, "shape", folder).items():
         rows = [row for row in rows if row["routing"] == "uniform" and seconds_of(row)]
         if short:
             rows = [row for row in rows if row["shape"] in SHORT_SHAPES and row["tokens"] in SHORT_TOKENS]
         if not rows:
             continue
         peers = sorted({row["implementation"] for row in rows if not is_ours(row)})
-        dates = ", ".join(sorted({row["date"] for row in rows}))
-        dtypes, made = ", ".join(sorted({row["dtype"] for row in rows})), "; ".join(sorted({row["versions"] for row in rows}))
         lines += [
-            f"Routed experts of one layer, {dtypes}, on one {device}, uniform routing ({made}; {dates}). Microseconds:",
+            f"Routed experts of one layer, {said_of(rows)}, on one {device}, uniform routing ({made_of(rows)}). Microseconds:",
             "",
         ]
         lines += [
@@ -119,24 +133,28 @@ def layers(short: bool, folder: Path) -> list[str]:
 def steps(folder: Path) -> list[str]:
     """A table for each device: whole models, one step of decoding or one prefill."""
     lines = []
-    for device, rows in newest("steps", ("model", "what"), folder).items():
-        names = list(dict.fromkeys(row["implementation"] for row in rows))
-        floors = any(row.get("floor") for row in rows)
-        dates, made = ", ".join(sorted({r["date"] for r in rows})), "; ".join(sorted({r["versions"] for r in rows}))
-        dtypes = ", ".join(sorted({r["dtype"] for r in rows}))
-        lines += [f"Whole models, {dtypes}, on one {device} ({made}; {dates}). Milliseconds a step:", ""]
-        lines += [
-            f"| model | step |{' floor |' * floors} {' | '.join(names)} |",
-            "|---|---|" + "---:|" * floors + "---:|" * len(names),
-        ]
-        for model, what in dict.fromkeys((row["model"], row["what"]) for row in rows):
-            here = {row["implementation"]: row for row in rows if (row["model"], row["what"]) == (model, what)}
-            floor = next((row["floor"] for row in here.values() if row.get("floor")), None)
-            times = [f"{here[name]['seconds'] * 1e3:.1f}" if name in here else "-" for name in names]
-            cells = [model, what, *([f"{floor * 1e3:.1f}" if floor else "-"] * floors), *times]
-            lines.append(f"| {' | '.join(cells)} |")
+    for device, rows in newest(step_rows, "model", folder).items():
+        timed = sorted((row for row in rows if seconds_of(row)), key=lambda row: row["place"])
+        names = sorted({row["implementation"] for row in timed}, key=lambda name: (name != "moerunner", name))
+        lines += [f"Whole models, {said_of(timed)}, on one {device} ({made_of(timed)}). Milliseconds a step:", ""]
+        heads = [name if name == "moerunner" else f"Transformers {name}" for name in names]
+        lines += [f"| model | step | floor | {' | '.join(heads)} |", "|---|---|---:|" + "---:|" * len(heads)]
+        for model, what in dict.fromkeys((row["model"], row["what"]) for row in timed):
+            here = {row["implementation"]: row for row in timed if (row["model"], row["what"]) == (model, what)}
+            floor = next(iter(here.values()))["floor"]
+            times = [f"{(seconds_of(here[name]) or 0) * 1e3:.2f}" if name in here else "-" for name in names]
+            lines.append(f"| {' | '.join([model, what, f'{floor * 1e3:.2f}', *times])} |")
         lines.append("")
     return lines
+
+
+def said_of(rows: list[Row]) -> str:
+    return ", ".join(sorted({row["dtype"] for row in rows}))
+
+
+def made_of(rows: list[Row]) -> str:
+    """With which versions, and when."""
+    return "; ".join([*sorted({row["versions"] for row in rows}), ", ".join(sorted({row["date"] for row in rows}))])
 
 
 def tables(short: bool, folder: Path = RESULTS) -> str:

@@ -44,14 +44,17 @@ def test_what_cannot_be_captured_is_timed_from_python(tmp_path):
 
 
 def test_whole_models(tmp_path):
-    steps = [
-        {"model": "m", "what": "decode", "implementation": "Transformers", "seconds": 0.02},
-        {"model": "m", "what": "decode", "implementation": "moerunner", "seconds": 0.01, "floor": 0.005},
-    ]
-    written(tmp_path, "2020-01-01-a.json", steps=steps)
+    def part(name, graph, python):
+        decode = {"batch": 8, "implementation": name, "graph": graph, "python": 1.0, "floor": 0.005}
+        prefill = {"tokens": 2048, "implementation": name, "python": python, "floor": 0.05}
+        return {"decode": [decode], "prefill": [prefill]}
+
+    parts = {"ours": part("moerunner", 0.01, 0.1), "theirs": part("grouped_mm", 0.02, None)}
+    written(tmp_path, "2020-01-01-a.json", layers=12, generate=[{"batch": 1}], **parts)
     table = numbers.tables(False, tmp_path)
-    assert "| model | step | floor | Transformers | moerunner |" in table
-    assert "| m | decode | 5.0 | 20.0 | 10.0 |" in table
+    assert "| model | step | floor | moerunner | Transformers grouped_mm |" in table
+    assert "12 layers | decode, batch 8 in a CUDA graph | 5.00 | 10.00 | 20.00 |" in table
+    assert "12 layers | prefill, 2,048 tokens | 50.00 | 100.00 | - |" in table
 
 
 def test_a_page_without_marks_is_an_error():
