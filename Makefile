@@ -120,12 +120,12 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
-	@echo "[3/4] moerunner with Transformers"
-	@$(PIP) install -q -e '.[hf]'
+	@echo "[3/4] moerunner with Transformers, serving and plots"
+	@$(PIP) install -q -e '.[hf,serve,plot]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml
-	@echo "[3/4] moerunner with Transformers and the test tools"
+	@echo "[3/4] moerunner with Transformers, serving, plots and the test tools"
 	@$(PIP) install -q -e '.[hf,serve,plot,dev]'
 	@touch $@ $(VENV)/.stamp-demo
 

@@ -91,6 +91,11 @@ def test_the_lm_eval_recipe(here, monkeypatch):
 # ---- commands
 
 
+def environment():
+    """Of ranks: one thread each, no GPU, and the package that this process has imported."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+
+
 KNOWN = {"moerunner", ".venv/bin/moerunner", "make", "pip", "torchrun", "curl"}
 LONG = {"demo", "generate", "plan", "route"}  # verbs with tests of their own in the fast tier
 
@@ -124,9 +129,8 @@ def test_a_command(page, words, here, monkeypatch, capsys):
         named = re.findall(r"\[([\w,]+)\]", " ".join(words))
         assert {extra for names in named for extra in names.split(",")} <= set(extras)
     elif words[0] == "torchrun":
-        run = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", *words[1:]]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
-        done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=env)
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=environment())
         assert done.returncode == 0, done.stderr
     else:
         with pytest.raises(SystemExit) as end:
@@ -180,9 +184,8 @@ def test_entry_points_name_what_the_page_defines(here):
 def test_a_snippet_for_torchrun(here):
     (snippet,) = PAGES["README.md"].snippets("torchrun 4")
     (here / "program.py").write_text(f"import moerunner\n{with_model(snippet)}\nassert model.moerunner_report.replaced\n")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0", "program.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=env)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "program.py"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=environment())
     assert done.returncode == 0, done.stderr
 
 
