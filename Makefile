@@ -42,7 +42,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all gpu-test has-gpu mutants accuracy upstream versions lint format clean
+.PHONY: help demo test test-all gpu-test has-gpu mutants accuracy upstream versions docs numbers lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,13 @@ versions: $(VENV)/.stamp-dev ## every family against each release of Transformer
 accuracy: $(VENV)/.stamp-demo ## 17 families against Transformers, on a GPU if there is one; writes docs/accuracy.md
 	@$(BIN)/python scripts/accuracy.py
 
+docs: $(VENV)/.stamp-docs ## the documentation as pages in .cache-make/site, without the network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open $(CACHE)/site/index.html, or with search: $(BIN)/python -m http.server -d $(CACHE)/site"
+
+numbers: $(VENV)/.stamp-venv ## the tables of README.md and docs/benchmarks.md from benchmarks/results/
+	@$(BIN)/python scripts/numbers.py
+
 lint: $(VENV)/.stamp-dev ## ruff, pyright and the import floors only
 	@$(BIN)/ruff check $(LINTED)
 	@$(BIN)/ruff format --check $(LINTED)
@@ -121,11 +128,15 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
-	@echo "[3/4] moerunner with Transformers"
-	@$(PIP) install -q -e '.[hf]'
+	@echo "[3/4] moerunner with Transformers, serving and plots"
+	@$(PIP) install -q -e '.[hf,serve,plot]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml
-	@echo "[3/4] moerunner with Transformers and the test tools"
-	@$(PIP) install -q -e '.[hf,dev]'
+	@echo "[3/4] moerunner with Transformers, serving, plots and the test tools"
+	@$(PIP) install -q -e '.[hf,serve,plot,dev]'
 	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-demo
+	@$(PIP) install -q -e '.[docs]'
+	@touch $@

@@ -5,13 +5,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from tests.serve.conftest import BODY, KEY, RUNNING, WAITING, Server
+from tests.serve.conftest import BODY, KEY, RUNNING, WAITING, Server, shipped
 
 PROMPT = "def quicksort("
 
@@ -25,7 +26,6 @@ def client(server):
 def expected():
     """The text that `generate` writes, greedily."""
     import torch
-    from tests.serve.conftest import shipped
 
     import moerunner
     from moerunner.generate import generate
@@ -402,6 +402,41 @@ def test_a_stop_finishes_what_runs(tiny_server, number, code):
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(tiny_server):
+    server = tiny_server("--context", 4000)
+    wire = post(server, {"prompt": "abc", "max_tokens": 3900, "temperature": 0, "stream": True})
+    until(lambda: server.metric("moerunner_generated_tokens_total") > 5)
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert server.process.poll() is None, "it finishes what runs"
+    begun = time.monotonic()
+    assert server.stop(signal.SIGINT)[0] == 130
+    assert time.monotonic() - begun < 30
+    wire.close()
+
+
+def test_an_interrupt_while_the_engine_starts():
+    """At the first token of the check; its thread must not keep the process."""
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from moerunner.serve import batching
+right = batching.Sampling.__call__
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return right(*args)
+batching.Sampling.__call__ = interrupted
+from moerunner.cli import main
+sys.argv = ["moerunner", "serve", sys.argv[1], "--port", "0"]
+main()
+"""
+    run = [sys.executable, "-c", code, str(shipped())]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "moerunner: interrupted\n"
+
+
 @pytest.fixture
 def tiny_server(request, tmp_path):
     """Of a model that continuous batching cannot run: its keys are wider than its values."""
@@ -414,8 +449,8 @@ def tiny_server(request, tmp_path):
     model.save_pretrained(tmp_path / "tiny")
     bytewise(tmp_path / "tiny")
 
-    def start():
-        server = Server(tmp_path / "tiny")
+    def start(*options):
+        server = Server(tmp_path / "tiny", *options)
         request.addfinalizer(lambda: server.process.poll() is None and server.process.kill())
         return server
 
@@ -423,8 +458,6 @@ def tiny_server(request, tmp_path):
 
 
 def _tokenizer():
-    from tests.serve.conftest import shipped
-
     from moerunner.models.checkpoint import read_tokenizer
 
     return read_tokenizer(shipped())

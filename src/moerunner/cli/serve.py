@@ -88,7 +88,6 @@ def run(
     screen = Screen(quiet=json)
     with screen.progress("starting the engine"):
         engine, why = serve.engine_for(model, tokenizer, limits=limits, cache_tokens=cache_tokens, context=context)
-
     address = sock.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     url = f"http://{shown}:{address[1]}"

@@ -48,7 +48,7 @@ def draw(loads: Loads, suffix: str = ".png") -> bytes:
     import io
 
     matplotlib.use("agg")
-    style = {"svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}
+    style: Any = {"svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}
     out = io.BytesIO()
     with matplotlib.rc_context(style):
         figure = _figure(loads)

@@ -218,9 +218,9 @@ def check(engine: Batching, model: Any, vocabulary: int) -> None:
         log.setLevel(logging.CRITICAL)  # what goes wrong here is told by what is raised
         engine.start()
         made = _written(engine, Wanted(prompt, _PROBE, temperature=0.0))
-    except Exception as error:
-        engine.stop()
-        if isinstance(error, UnsupportedError):
+    except BaseException as error:
+        engine.stop()  # whatever it was, Ctrl-C too: its thread would keep the process
+        if isinstance(error, UnsupportedError) or not isinstance(error, Exception):
             raise
         text = " ".join(str(error).split())[:200]
         raise UnsupportedError(f"{type(error).__name__}: {text}", where=where, next_step=step) from error
