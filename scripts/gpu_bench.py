@@ -134,7 +134,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         write_tables(args.files)
-        return
+    else:
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     started, dtype, out = time.monotonic(), getattr(torch, args.dtype), args.files[0]
     found: dict = {"environment": collect(), "dtype": args.dtype, "routing": args.routing, "cells": [], "problems": []}
     found["problems"] += warm(args.shapes, args.tokens, dtype, args.workers, 0.45 * args.seconds) if args.workers else []

@@ -191,7 +191,7 @@ def measure(
     generator = torch.Generator(torch.device(device).type).manual_seed(seed)
     able, missing = implementations(shape, dtype, device)
     if absent is not None:
-        absent.update(missing)
+        absent.update({n: why for n, why in missing.items() if only is None or n in set(only)})
     chosen = {n: f for n, f in able.items() if only is None or n in set(only)}
     weights = make_weights(shape, copies_of(shape, dtype), dtype, device)
     for count in tokens:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import moerunner
-from moerunner.cli import bench, demo, env, families, generate, inspect, plan, route, serve, verify
+from moerunner.cli import bench, demo, env, families, generate, inspect, plan, route, serve, tune, verify
 
 app = typer.Typer(
     name="moerunner",
@@ -33,7 +33,7 @@ def root(
     """
 
 
-for verb in (demo, inspect, plan, verify, generate, serve, route, bench, families, env):
+for verb in (demo, inspect, plan, verify, generate, serve, route, bench, tune, families, env):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 
 

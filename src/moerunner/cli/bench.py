@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,22 +24,23 @@ from moerunner.cli.shell import (
     count,
     torch_device,
     torch_dtype,
+    verb,
 )
-from moerunner.cli.shell import verb as verb_of
 from moerunner.errors import SpecError
 
 
-@verb_of
+@verb
 def run(
-    shapes: Annotated[str | None, typer.Option(help="Names such as qwen3-30b,olmoe; all known ones on a GPU.")] = None,
+    layer: Annotated[bool, typer.Option("--layer", help="Whole MoE layers, in place of the routed experts alone.")] = False,
+    shapes: Annotated[str | None, typer.Option(help="Names such as qwen3-30b,olmoe; all that are known, on a GPU.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,2k.")] = None,
     routing: Annotated[
-        str, typer.Option(help="uniform, zipf, half (one expert is half the tokens' choice), or several.")
+        str, typer.Option(help="uniform, zipf, half (half the tokens choose one expert), or several.")
     ] = "uniform",
     only: Annotated[str | None, typer.Option(help="Implementations by name, such as triton,vllm.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=1e-6, help="GB/s of the memory; measured if not given.")] = None,
     tflops: Annotated[float | None, typer.Option(min=1e-6, help="Of large products; measured if not given.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.0, help="Begin nothing new after so many seconds.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Begin no measurement after so many seconds.")] = None,
     save: Annotated[Path | None, typer.Option(help="JSON file, written after every measurement.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file of time against tokens; a CSV file is written beside it.")] = None,
     dtype: DtypeOption = Dtype.auto,
@@ -50,86 +51,124 @@ def run(
 ) -> Answer:
     """Time the routed experts, from top-k ids to their sum, beside the floor and beside other implementations.
 
-    A result that is wrong against float64 is not timed. On a CPU one small shape is the default.
+    A result that is wrong against float64 is not timed. On a CPU one small shape is the default. The dtype is bfloat16 on a
+    GPU and float32 on a CPU unless another is given.
     """
-    started = time.monotonic()
+    deadline = None if seconds is None else time.monotonic() + seconds
     device = torch_device(device)
+    counts = None if tokens is None else [count(t) for t in tokens.split(",")]
     import torch
 
     from moerunner import bench
     from moerunner.bench import output
     from moerunner.bench import shapes as known
-    from moerunner.env import collect
 
     on_gpu = torch.device(device).type == "cuda"
-    names = _names(shapes, known.GPU_SHAPES if on_gpu else known.CPU_SHAPES, known.SHAPES, "--shapes")
+    default = known.GPU_SHAPES if on_gpu else known.CPU_SHAPES
+    names = _names(
+        shapes, [n for n in default if n in bench.LAYERS or not layer], bench.LAYERS if layer else known.SHAPES, "--shapes"
+    )
     routings = _names(routing, [], bench.ROUTINGS, "--routing")
-    counts = [count(t) for t in tokens.split(",")] if tokens else known.GPU_TOKENS if on_gpu else known.CPU_TOKENS
     number = torch_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
     screen = Screen(quiet=json)
-    facts: dict[str, Any] = collect()
-    facts["versions"] |= bench.versions()
-    given = bandwidth is not None and tflops is not None
     with screen.progress("measuring the floor"):
-        peaks = bench.Peaks(1.0, 1.0) if given else bench.measure_peaks(device, number)
-    peaks = bench.Peaks(
-        peaks.bytes_per_second if bandwidth is None else bandwidth * 1e9, peaks.flops if tflops is None else tflops * 1e12
-    )
-    results: list[Any] = []
-    absent: dict[str, str] = {}
-    left_out: list[str] = []
-
-    def found() -> dict[str, Any]:
-        wrong = [m for m in results if m.ours and m.problem.startswith("wrong")]
-        return {
-            "ok": not wrong,
-            "environment": facts,
-            "device": device,
-            "dtype": str(number).removeprefix("torch."),
-            "peaks": {"bytes_per_second": peaks.bytes_per_second, "flops": peaks.flops, "measured": not given},
-            "absent": absent,
-            "left_out": left_out,
-            "results": [m.to_dict() for m in results],
-        }
-
-    screen.say(
-        f"{_device(facts)}, {found()['dtype']}: {peaks.bytes_per_second / 1e9:.0f} GB/s, {peaks.flops / 1e12:.1f} TFLOP/s"
-    )
+        peaks = _peaks(bandwidth, tflops, device, number)
+    session = Session(str(number).removeprefix("torch."), device, peaks, bandwidth is None or tflops is None, save)
+    screen.say(session.title)
+    asked = None if only is None else only.split(",")
+    rest = dict(peaks=peaks, dtype=number, device=device, only=asked, seed=seed)
     for name in names:
-        for way in routings:
-
-            def in_time(label: str = f"{name} {way}") -> Iterable[int]:
-                for cell in counts:
-                    if seconds is not None and time.monotonic() - started > seconds:
-                        left_out.append(f"{label} {cell}")
-                    else:
-                        yield cell
-
-            mine: list[Any] = []
-            asked = None if only is None else only.split(",")
-            with screen.progress(f"{name}, {way} routing"):
-                for cell in bench.measure(
-                    name, known.SHAPES[name], in_time(), peaks=peaks, routing=way, dtype=number, device=device, only=asked,
-                    seed=seed, absent=absent,
-                ):  # fmt: skip
-                    mine += cell
-                    results += cell
-                    if save is not None:
-                        save.write_text(jsonlib.dumps(found(), indent=1) + "\n")
+        for way in ["the router's"] if layer else routings:
+            label = f"{name}, {way} routing"
+            some = session.in_time(counts or (known.GPU_TOKENS if on_gpu else known.CPU_TOKENS), label, deadline)
+            with screen.progress(label):
+                if layer:
+                    mine = session.take(bench.measure_layer(name, some, **rest))
+                else:
+                    mine = session.take(
+                        bench.measure(name, known.SHAPES[name], some, routing=way, absent=session.absent, **rest)
+                    )
             if mine:
-                _show(screen, f"{name}, {way} routing", mine)
+                _show(screen, label, mine)
     screen.say()
-    for name, why in absent.items():
+    for name, why in session.absent.items():
         screen.say(f"not timed: {name}: {why}")
-    for what in left_out:
+    for what in session.left_out:
         screen.say(f"left out for lack of time: {what}")
-    if only is not None and not results:
-        raise SpecError(f"none of {only} runs here", where="--only", next_step=f"Known: {', '.join(absent)}")
-    if plot is not None and results:
-        output.write_plot(plot, results, f"Routed experts, {found()['dtype']}, {_device(facts)}")
-        output.write_csv(plot.with_suffix(".csv"), results)
+    if only is not None and not session.results and not session.left_out:
+        raise SpecError(f"none of {only} runs here", where="--only", next_step="Run without it to see who does")
+    if plot is not None and session.results:
+        what = "MoE layers" if layer else "Routed experts"
+        output.write_plot(plot, session.results, f"{what}, {session.title}")
+        output.write_csv(plot.with_suffix(".csv"), session.results)
         screen.say(f"written: {plot} and {plot.with_suffix('.csv')}")
-    return Answer(found(), OK if found()["ok"] else MISMATCH)
+    found = session.found()
+    return Answer(found, OK if found["ok"] else MISMATCH)
+
+
+class Session:
+    """What was measured so far, and where. absent: who cannot run and why; left_out: what there was no time for."""
+
+    def __init__(self, dtype: str, device: str, peaks: Any, measured: bool, save: Path | None) -> None:
+        from moerunner import bench
+        from moerunner.env import collect
+
+        self.results: list[Any] = []
+        self.absent: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._dtype, self._device, self._peaks, self._measured, self._save = dtype, device, peaks, measured, save
+        self._environment = collect()
+        self._environment["versions"] |= bench.versions()
+
+    @property
+    def title(self) -> str:
+        gpus, cpu = self._environment["gpus"], self._environment["cpu"]
+        name = gpus[0]["name"] if gpus and self._device != "cpu" else f"{cpu['model']}, {cpu['threads']} threads"
+        peaks = f"{self._peaks.bytes_per_second / 1e9:.0f} GB/s, {self._peaks.flops / 1e12:.4g} TFLOP/s"
+        return f"{self._dtype}, {name}: {peaks} {'measured' if self._measured else 'given'}"
+
+    def in_time(self, tokens: Iterable[int], label: str, deadline: float | None) -> Iterator[int]:
+        for n in tokens:
+            if deadline is not None and time.monotonic() > deadline:
+                self.left_out.append(f"{label}, {n} tokens")
+            else:
+                yield n
+
+    def take(self, cells: Iterable[list[Any]]) -> list[Any]:
+        """Measures, keeping and saving what is there after each cell."""
+        mine: list[Any] = []
+        for cell in cells:
+            mine += cell
+            self.results += cell
+            if self._save is not None:
+                self._save.write_text(jsonlib.dumps(self.found(), indent=1) + "\n")
+        return mine
+
+    def found(self) -> dict[str, Any]:
+        return {
+            "ok": not any(m.ours and m.problem.startswith("wrong") for m in self.results),
+            "environment": self._environment,
+            "device": self._device,
+            "dtype": self._dtype,
+            "peaks": {
+                "bytes_per_second": self._peaks.bytes_per_second, "flops": self._peaks.flops, "measured": self._measured,
+            },
+            "absent": self.absent,
+            "left_out": self.left_out,
+            "results": [m.to_dict() for m in self.results],
+        }  # fmt: skip
+
+
+def _peaks(bandwidth: float | None, tflops: float | None, device: str, dtype: Any) -> Any:
+    """GB/s and TFLOP/s as given; what is not given is measured."""
+    from moerunner.bench import Peaks, measure_peaks
+
+    if bandwidth is not None and tflops is not None:
+        return Peaks(bandwidth * 1e9, tflops * 1e12)
+    found = measure_peaks(device, dtype)
+    return Peaks(
+        found.bytes_per_second if bandwidth is None else bandwidth * 1e9, found.flops if tflops is None else tflops * 1e12
+    )
 
 
 def _names(text: str | None, default: list[str], known: Iterable[str], where: str) -> list[str]:
@@ -140,16 +179,11 @@ def _names(text: str | None, default: list[str], known: Iterable[str], where: st
     return names
 
 
-def _device(facts: dict[str, Any]) -> str:
-    return facts["gpus"][0]["name"] if facts["gpus"] else f"{facts['cpu']['model']}, {facts['cpu']['threads']} threads"
-
-
 def _show(screen: Screen, title: str, measured: list[Any]) -> None:
     """Implementations down, tokens across: microseconds, and how many times the floor."""
     tokens = list(dict.fromkeys(m.tokens for m in measured))
     floors = {m.tokens: m.floor for m in measured}
-    ways = [("in a CUDA graph", "graph"), ("launched from Python", "eager")]
-    for words, field in ways:
+    for words, field in (("in a CUDA graph", "graph"), ("launched from Python", "eager")):
         if all(getattr(m, field) is None for m in measured):
             continue
         screen.heading(f"{title}, {words}: us, x floor")
