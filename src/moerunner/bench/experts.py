@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Measured:
 
 def draw_ids(tokens: int, shape: Shape, routing: Routing, generator: torch.Generator) -> Tensor:
     """[T, K] distinct experts per token. zipf: expert r is chosen with weight 1 / (r + 1); half: expert 0 by every second."""
-    like = dict(generator=generator, dtype=torch.float64, device=generator.device)
+    like: dict[str, Any] = dict(generator=generator, dtype=torch.float64, device=generator.device)
     score = torch.rand(tokens, shape.experts, **like)
     if routing == "zipf":  # exponential races: the first K arrivals are a draw without replacement
         score = score.log() * torch.arange(1, shape.experts + 1, device=score.device)

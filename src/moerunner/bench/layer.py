@@ -49,7 +49,7 @@ def make_block(name: str, dtype: torch.dtype, device: str) -> nn.Module:
             f"no whole layer is known for {name!r}", where="bench --layer", next_step=f"Known: {', '.join(LAYERS)}"
         )
     (family, changes), shape = LAYERS[name], SHAPES[name]
-    kind = CONFIG_MAPPING[family]
+    kind: Any = CONFIG_MAPPING[family]
     known = kind().to_dict()
     inter = "moe_intermediate_size" if "moe_intermediate_size" in known else "intermediate_size"
     sizes = {"hidden_size": shape.hidden, inter: shape.inter, "num_experts_per_tok": shape.top_k, "num_hidden_layers": 1}

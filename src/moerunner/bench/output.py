@@ -29,7 +29,7 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
     except ImportError as error:
         next_step = "pip install 'moerunner[plot]'"
         raise UnsupportedError("matplotlib is not installed", where="bench --plot", next_step=next_step) from error
@@ -37,7 +37,7 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
     names = sorted(dict.fromkeys(m.implementation for m in results), key=lambda n: [not _ours(n, results), n])
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.6 * columns, 3.8 * lines + 1.2), squeeze=False)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(max(7.5, 5.6 * columns), 3.8 * lines + 1.2), squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
@@ -52,6 +52,8 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
                 style = dict(linewidth=2.2 if ours else 1.2, marker="o" if ours else "s", markersize=5 if ours else 3.5)
                 ax.plot(*zip(*points, strict=True), color=colours[name], label=name, zorder=3 if ours else 2, **style)
         ax.set(xscale="log", yscale="log", title=f"{shape}, {routing} routing", xlabel="tokens", ylabel="microseconds")
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.4g}"))
         ax.set_xticks(list(floor), [f"{t:,}" for t in floor], rotation=30)
         ax.minorticks_off()
         ax.grid(alpha=0.3)

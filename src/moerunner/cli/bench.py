@@ -68,7 +68,7 @@ def run(
     names = _names(
         shapes, [n for n in default if n in bench.LAYERS or not layer], bench.LAYERS if layer else known.SHAPES, "--shapes"
     )
-    routings = _names(routing, [], bench.ROUTINGS, "--routing")
+    ways: list[Any] = ["the router's"] if layer else _names(routing, [], bench.ROUTINGS, "--routing")
     number = torch_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
     screen = Screen(quiet=json)
     with screen.progress("measuring the floor"):
@@ -78,7 +78,7 @@ def run(
     asked = None if only is None else only.split(",")
     rest = dict(peaks=peaks, dtype=number, device=device, only=asked, seed=seed)
     for name in names:
-        for way in ["the router's"] if layer else routings:
+        for way in ways:
             label = f"{name}, {way} routing"
             some = session.in_time(counts or (known.GPU_TOKENS if on_gpu else known.CPU_TOKENS), label, deadline)
             with screen.progress(label):
@@ -99,7 +99,7 @@ def run(
         raise SpecError(f"none of {only} runs here", where="--only", next_step="Run without it to see who does")
     if plot is not None and session.results:
         what = "MoE layers" if layer else "Routed experts"
-        output.write_plot(plot, session.results, f"{what}, {session.title}")
+        output.write_plot(plot, session.results, f"{what}\n{session.title}")
         output.write_csv(plot.with_suffix(".csv"), session.results)
         screen.say(f"written: {plot} and {plot.with_suffix('.csv')}")
     found = session.found()

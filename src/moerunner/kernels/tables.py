@@ -51,7 +51,7 @@ def nearest(by_tokens: dict[int, Tiles], tokens: int) -> Tiles | None:
 def cache_file(device: torch.device) -> Path:
     """Where `moerunner tune` keeps what it measured on this device with this Triton and driver."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    driver = torch.version.cuda
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return (
         Path(root)
         / "moerunner"
