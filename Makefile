@@ -42,7 +42,7 @@ printf '%s\t%s\n' "$(1)" "$$seconds" >> $(TIMES); \
 [ $$status -eq 0 ] || { echo "--- $(1) FAILED after $$seconds s"; exit $$status; }
 endef
 
-.PHONY: help demo test test-all mutants accuracy upstream versions lint format clean
+.PHONY: help demo test test-all gpu-test has-gpu mutants accuracy upstream versions lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,14 @@ test-all: $(VENV)/.stamp-dev ## every test, the long ones too; writes docs/resul
 	@status=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations 20 \
 		--junitxml $(CACHE)/test-all.xml $(PYTEST_ARGS) || status=$$?; \
 	$(BIN)/python scripts/write_results.py $(CACHE)/test-all.xml docs/results/test-all.json; exit $$status
+
+gpu-test: has-gpu $(VENV)/.stamp-dev ## on an NVIDIA GPU: the kernels' tests, and every backend against float64 (.cache-make/gpu-check.json)
+	@mkdir -p $(CACHE)
+	@$(BIN)/python -m pytest tests/kernels tests/bench -m "gpu or not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python scripts/gpu_check.py $(CACHE)/gpu-check.json
+
+has-gpu:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu-test needs an NVIDIA GPU, and nvidia-smi finds none" >&2; exit 3; }
 
 mutants: $(VENV)/.stamp-dev ## break the code on purpose and see the tests notice
 	@$(BIN)/python scripts/mutants.py

@@ -16,6 +16,8 @@ import json
 import math
 import multiprocessing
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,20 +93,21 @@ def forward(dtype: torch.dtype, gate_up: str) -> None:
     for name, act in ACTIVATIONS.items():
         if gate_up != "concat" and name not in ("silu", "relu2", "clamp_after"):
             continue
-        for tokens in (0, 1, 7, 200):
+        for tokens, bias in itertools.product((0, 1, 7, 200, 2000), (True, False)):
             variants = [ExpertsCall(activation=act)]
-            if name == "silu":
+            if name == "silu" and bias:
                 variants += [ExpertsCall(activation=act, output="rows"), ExpertsCall(activation=act, input_weighting=True)]
                 variants += [ExpertsCall(activation=act, down_bias=False)]
             for call, transposed in itertools.product(variants, (False, True) if name == "silu" else (False,)):
-                case = layer(tokens, 3, 16, 264, 136, gate_up, dtype, transposed=transposed)
+                case = layer(tokens, 3, 16, 264, 136, gate_up, dtype, bias=bias, transposed=transposed)
                 exact = run("eager", *widened(*case), gate_up, call)
                 plain = error(run("eager", *case, gate_up, call), exact)
                 for backend in ("grouped_mm", "triton"):
                     err = error(run(backend, *case, gate_up, call), exact)
                     note(
                         "forward", err <= 2 * plain + 1e-6, backend=backend, dtype=str(dtype), gate_up=gate_up, activation=name,
-                        tokens=tokens, output=call.output, input_weighting=call.input_weighting, transposed=transposed,
+                        tokens=tokens, bias=bias,
+                        output=call.output, input_weighting=call.input_weighting, transposed=transposed,
                         error=err, eager=plain,
                     )  # fmt: skip
                 tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
@@ -142,7 +145,6 @@ def gradients(dtype: torch.dtype) -> None:
 def large(dtype: torch.dtype) -> None:
     """Both ways to sort, real widths, skewed routing, the same bits twice, memory that was poisoned before."""
     call = ExpertsCall(activation=ActivationSpec())
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     for tokens, k, e, h, i in [
         (3000, 10, 512, 256, 128),
         (700, 8, 128, 2048, 768),
@@ -165,7 +167,6 @@ def large(dtype: torch.dtype) -> None:
         note("large", err <= 2 * plain + 1e-6, error=err, eager=plain, **facts)
         note("large, all rows", whole <= 8 * plain + 1e-5, error=whole, eager=plain, **facts)
         note("same bits twice", torch.equal(y, again), **facts)
-    torch.use_deterministic_algorithms(False)
 
 
 def offsets(dtype: torch.dtype) -> None:
@@ -182,6 +183,61 @@ def offsets(dtype: torch.dtype) -> None:
             case = x, TopK(ids, torch.rand(tokens, 2, device=DEVICE)), {"w13": w13, "w2": w2}
             err = error(run("triton", *case, "concat", call), run("eager", *widened(*case), "concat", call))
             note("offsets beyond 2^31", err <= 1e-2, dtype=str(dtype), tokens=tokens, stride=stride_e, row=stride_n, error=err)
+
+
+def invariant(dtype: torch.dtype) -> None:
+    """On request a token's bits depend neither on its company nor on its place; NaN in one token reaches no other."""
+    call = ExpertsCall(activation=ActivationSpec(), batch_invariant=True)
+    x, topk, tensors = layer(3000, 4, 16, 512, 256, "concat", dtype)
+    whole = run("triton", x, topk, tensors, "concat", call)
+    for rows in (torch.arange(1), torch.tensor([2999]), torch.arange(100, 117), torch.randperm(3000), torch.arange(1500)):
+        at = rows.to(DEVICE)
+        y = run("triton", x[at], TopK(topk.ids[at], topk.weights[at]), tensors, "concat", call)
+        note("batch invariant", torch.equal(y, whole[at]), dtype=str(dtype), tokens=len(rows))
+    bad = x.clone()
+    bad[7] = math.nan
+    y = run("triton", bad, topk, tensors, "concat", call)
+    others = torch.arange(3000, device=DEVICE) != 7
+    note("NaN stays alone", torch.equal(y[others], whole[others]) and bool(y[7].isnan().all()), dtype=str(dtype))
+
+
+def custom_ops(dtype: torch.dtype) -> None:
+    """`torch.library.opcheck` on the op that the backend calls, in each regime."""
+    from moerunner.kernels.experts import triton_experts
+
+    for tokens in (1, 40, 900):
+        x, topk, t = layer(tokens, 4, 32, 256, 128, "concat", dtype)
+        constants = (0, 0, 1.0, 0.0, None, False, None, None, False, 1, 1.0, False)
+        torch.library.opcheck(triton_experts, (x, topk.ids, topk.weights, t["w13"], t["w2"], t["b13"], t["b2"], *constants))
+        note("opcheck", True, dtype=str(dtype), tokens=tokens)
+
+
+def sanitized(dtype: torch.dtype) -> None:
+    """NVIDIA's compute-sanitizer finds no access outside of memory in a small case of each regime."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: not run", flush=True)
+        return
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        __file__,
+        "--small",
+        str(dtype).removeprefix("torch."),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    note("sanitizer", done.returncode == 0, dtype=str(dtype), said=done.stdout[-400:] + done.stderr[-400:])
+
+
+def small(dtype: torch.dtype) -> None:
+    """What runs under the sanitizer."""
+    for tokens, gate_up in itertools.product((1, 9, 300), ("concat", "none")):
+        run("triton", *layer(tokens, 3, 5, 72, 40, gate_up, dtype), gate_up, ExpertsCall(activation=ActivationSpec()))
+    torch.cuda.synchronize()
 
 
 def captured(dtype: torch.dtype) -> None:
@@ -242,6 +298,9 @@ def runners(dtype: torch.dtype) -> None:
 PARTS = {
     **{f"forward {layout}": functools.partial(forward, gate_up=layout) for layout in ("concat", "interleaved", "none")},
     "runners": runners,
+    "invariant": invariant,
+    "custom ops": custom_ops,
+    "sanitized": sanitized,
     "captured": captured,
     "gradients": gradients,
     "large": large,
@@ -253,6 +312,8 @@ def check(part: str, dtype: torch.dtype) -> list[dict[str, object]]:
     """One part in one dtype, in a process of its own."""
     torch.manual_seed(0)
     found.clear()
+    if part not in ("captured", "gradients"):
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN: what is never written shows
     try:
         PARTS[part](dtype)
     except Exception as exc:  # noqa: BLE001 - one broken part must not hide the others
@@ -262,6 +323,9 @@ def check(part: str, dtype: torch.dtype) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    if sys.argv[1] == "--small":
+        small(getattr(torch, sys.argv[2]))
+        return
     context = multiprocessing.get_context("spawn")  # kernels compile side by side
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=context) as pool:
         done = [pool.submit(check, part, dtype) for part in PARTS for dtype in DTYPES]

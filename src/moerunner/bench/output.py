@@ -53,7 +53,7 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
                 ax.plot(*zip(*points, strict=True), color=colours[name], label=name, zorder=3 if ours else 2, **style)
         ax.set(xscale="log", yscale="log", title=f"{shape}, {routing} routing", xlabel="tokens", ylabel="microseconds")
         ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.4g}"))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
         ax.set_xticks(list(floor), [f"{t:,}" for t in floor], rotation=30)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -61,7 +61,7 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
     figure.suptitle(title)
     figure.legend(handles.values(), handles, loc="lower center", ncols=2 * columns, frameon=False)
     rows = -(-len(handles) // (2 * columns))
-    figure.tight_layout(rect=(0, (0.15 + 0.23 * rows) / figure.get_figheight(), 1, 1))
+    figure.tight_layout(rect=(0, (0.15 + 0.23 * rows) / figure.get_figheight(), 1, 1 - 0.3 / figure.get_figheight()))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
