@@ -141,10 +141,9 @@ def _grouped(
     weighted = output != ROWS and not input_weighting
     operands = (x, w13, w2, b13, b2, weights, h_RI, y_SH)
     if isinstance(tiles, Specialised):
-        order = order_slots(ids, experts, 128)
-        how = dict(layout=layout, activation=activation, top_k=k, stages=tiles.stages, lag=tiles.lag)
-        hopper.product(x, w13, b13, weights, order, h_RI, up=True, weighted=input_weighting, **how)
-        hopper.product(h_RI, w2, b2, weights, order, y_SH, up=False, weighted=weighted, **how)
+        order, rest = order_slots(ids, experts, 128), (layout, activation, k, tiles.stages, tiles.lag)
+        hopper.product(x, w13, b13, weights, order, h_RI, *rest, up=True, weighted=input_weighting)
+        hopper.product(h_RI, w2, b2, weights, order, y_SH, *rest, up=False, weighted=weighted)
     else:
         _tiled(*operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, tiles.block_m))
     if output == ROWS:

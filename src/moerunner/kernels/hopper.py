@@ -11,7 +11,7 @@ Shape suffixes: as in `grouped.py`.
 
 # Kernel code is Gluon, not Python: its names and operators have other types than pyright believes.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -362,14 +362,14 @@ def product(
     weights_TK: Tensor,
     order: Tiled,
     out: Tensor,
-    *,
-    up: bool,
-    weighted: bool,
     layout: int,
     activation: Sequence[Any],
     top_k: int,
-    stages: int = 4,
-    lag: int = 0,
+    stages: int,
+    lag: int,
+    *,
+    up: bool,
+    weighted: bool,
 ) -> None:
     """One of the two products over all tiles. w: [E, rows, depth] as `describable` wants it. layout: of w13's rows, see
     `experts.LAYOUTS`; activation: (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)."""
