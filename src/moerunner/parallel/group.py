@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -98,7 +96,6 @@ class TorchComm(Comm):
             work = issue(group=self._groups[axes], async_op=later or not like.is_cuda)
         if like.is_cuda:
             return work.wait if later else lambda: None
-        work = _InThread(work) if name == "reduce_scatter" else work
         return lambda: self._watch.wait(work, members, what, timeout)
 
     def _run(self, name: str, axes: tuple[str, ...], like: Tensor, issue: Callable[..., Any]) -> None:
@@ -140,6 +137,10 @@ class TorchComm(Comm):
 
     def _reduce_scatter(self, x: Tensor, counts: list[int], axes: tuple[str, ...]) -> Tensor:
         longest, here = max(counts), self.index(axes)
+        if not x.is_cuda:  # gloo's own is an all-reduce too, and cannot be waited for with a limit
+            total = x.contiguous().clone()
+            self._run("reduce_scatter", axes, total, partial(self._dist.all_reduce, total))
+            return total.split(counts)[here]
         parts = [torch.cat([p, p.new_zeros(longest - p.shape[0], *p.shape[1:])]) for p in x.split(counts)]
         out, rows = torch.empty_like(parts[0]), torch.cat(parts).contiguous()
         self._run("reduce_scatter", axes, rows, partial(self._dist.reduce_scatter_tensor, out, rows))
@@ -154,31 +155,6 @@ class TorchComm(Comm):
             return out
 
         return arrive
-
-
-class _InThread:
-    """Work whose `wait` knows no time limit, gloo's reduce-scatter, as work whose `wait` does."""
-
-    def __init__(self, work: Any) -> None:
-        self._work, self._over = work, threading.Event()
-        self._error: RuntimeError | None = None
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            self._error = error
-        self._over.set()
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        if not self._over.wait(None if timeout is None else timeout.total_seconds()):
-            raise RuntimeError("is not over yet")
-        if self._error is not None:
-            raise self._error
-
-    def is_completed(self) -> bool:
-        return self._over.is_set()
 
 
 def _bytes(item: Any) -> Tensor:

@@ -50,7 +50,7 @@ class Watch:
         self._asked: Counter[str] = Counter()
         self._waits, self._left, self._told, self._beat = False, False, False, 0
         self._made: dict[tuple[tuple[int, ...], float], Any] = {}
-        self._groups: list[Any] = []
+        self._groups, self._longest = [], _SILENT
         self._gpu: tuple[int, float] | None = None  # the thread that issues collectives of a GPU, and their timeout
         self._over, self._lock = threading.Event(), threading.Lock()
         self._questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -83,15 +83,18 @@ class Watch:
 
     def keep(self, group: Any, timeout: float, *, gpu: bool) -> None:
         """A group whose collectives this watches; timeout: seconds that one may take."""
+        self._longest = max(timeout, self._longest)
         if group not in self._groups:
             self._groups.append(group)
         if gpu:
             self._gpu = (threading.get_ident(), min(timeout, self._gpu[1] if self._gpu else timeout))
 
     def check(self) -> None:
-        """Raises if a rank has failed."""
+        """Raises if a rank has failed, or if the one that keeps the store has not answered for longer than any may wait."""
         if self.failed is not None:
             raise self._again()
+        if not self._idle and time.monotonic() - self._began > self._longest:
+            raise self.announce(*self._keeper("does not answer", "the program"))
 
     def come(self, members: Sequence[int]) -> None:
         """This rank has come to the next collective of these ranks."""
