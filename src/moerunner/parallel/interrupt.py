@@ -32,16 +32,22 @@ def interrupt(thread: int | None, error: DistributedError, groups: Sequence[Any]
     Raised.__name__ = Raised.__qualname__ = DistributedError.__name__
     if thread is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Raised))
-    threading.Thread(target=_abort, args=(groups,), daemon=True).start()
+    abort(groups)
     if thread is not None and not raised.wait(patience):
         sys.stderr.write(f"moerunner.DistributedError: {error}\n")
         sys.stderr.flush()
         os._exit(1)
 
 
-def _abort(groups: Sequence[Any]) -> None:
+def abort(groups: Sequence[Any]) -> threading.Thread:
+    """Begins to end NCCL's communicators of these groups, with torch's threads that watch them; others have none."""
     import torch
 
-    for group in groups:
-        with contextlib.suppress(RuntimeError, AttributeError):
-            group._get_backend(torch.device("cuda")).abort()
+    def end() -> None:
+        for group in groups:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                group._get_backend(torch.device("cuda")).abort()
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    return thread

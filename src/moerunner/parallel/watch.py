@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 from moerunner.errors import DistributedError
-from moerunner.parallel.interrupt import interrupt
+from moerunner.parallel.interrupt import abort, interrupt
 from moerunner.parallel.peers import Peer, compare, here
 
 _BEAT = 0.5  # seconds between two signs of life, and between two looks at them
@@ -49,8 +49,8 @@ class Watch:
         self._issued: Counter[str] = Counter()
         self._asked: Counter[str] = Counter()
         self._waits, self._left, self._told, self._beat = False, False, False, 0
-        self._made: dict[tuple[tuple[int, ...], float], Any] = {}
         self._groups, self._longest = [], _SILENT
+        self._made: dict[tuple[tuple[int, ...], float], Any] = {}
         self._gpu: tuple[int, float] | None = None  # the thread that issues collectives of a GPU, and their timeout
         self._over, self._lock = threading.Event(), threading.Lock()
         self._questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -369,14 +369,19 @@ class Watch:
             return
         if isinstance(error, Exception) and not isinstance(error, DistributedError) and not hasattr(sys, "ps1"):
             self.fail(error)
-        self._left = True
+        self._gpu, self._left = None, True
+        if self.failed is not None:
+            abort(self._groups).join(_SETTLE)  # or NCCL's threads abort the process that ends
         keeps = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         end = time.monotonic() + (2 * _SILENT if keeps else _BEAT)
         while time.monotonic() < end:
             self._later(self._exchange).wait(_BEAT)
-            if self._gone or self.failed is None or not keeps:
-                break
-            if all(peer.said.get("failed") or peer.process() for peer in self._peers.values()):
+            if (
+                self._gone
+                or self.failed is None
+                or not keeps
+                or all(p.said.get("failed") or p.process() for p in self._peers.values())
+            ):
                 break
             time.sleep(_BEAT / 5)
         if keeps and self.failed is None and any(not p.left and not p.process() for p in self._peers.values()):
