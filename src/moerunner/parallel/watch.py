@@ -376,12 +376,8 @@ class Watch:
         end = time.monotonic() + (2 * _SILENT if keeps else _BEAT)
         while time.monotonic() < end:
             self._later(self._exchange).wait(_BEAT)
-            if (
-                self._gone
-                or self.failed is None
-                or not keeps
-                or all(p.said.get("failed") or p.process() for p in self._peers.values())
-            ):
+            alone = self._gone or self.failed is None or not keeps
+            if alone or all(p.said.get("failed") or p.process() for p in self._peers.values()):
                 break
             time.sleep(_BEAT / 5)
         if keeps and self.failed is None and any(not p.left and not p.process() for p in self._peers.values()):
