@@ -84,8 +84,7 @@ class Watch:
     def keep(self, group: Any, timeout: float, *, gpu: bool) -> None:
         """A group whose collectives this watches; timeout: seconds that one may take."""
         self._longest = max(timeout, self._longest)
-        if group not in self._groups:
-            self._groups.append(group)
+        self._groups += [group] * (group not in self._groups)
         if gpu:
             self._gpu = (threading.get_ident(), min(timeout, self._gpu[1] if self._gpu else timeout))
 
