@@ -41,6 +41,17 @@ def entry(one):
     return {"tiles": tiles.to_dict(one), "seconds": 1e-6, "analytic_seconds": 2e-6}
 
 
+def test_every_choice_on_a_gpu_reads_the_real_files(monkeypatch, tmp_path):
+    """Nothing is replaced but the name of the device: what cannot be known of it must not stop a layer."""
+    monkeypatch.setattr(tables, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "No such GPU")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tables._measured.cache_clear()
+    assert chosen(64) == tiles.choose(64, 2, 8, 64, 32, itemsize=2)
+    tables._measured.cache_clear()
+
+
 def test_a_measurement_serves_nearby_numbers_of_tokens_only(gpu):
     before = [chosen(n) for n in (1, 60, 64, 90, 100, 8192)]
     tables.write(gpu / "cache.json", {}, {tables.key(**SHAPE): {"64": entry(OTHER)}})
@@ -82,10 +93,11 @@ def test_a_damaged_table_is_as_none(gpu, text):
 def test_the_cache_is_of_this_device_and_these_versions(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200 / 1")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = tables.cache_file(torch.device("cuda", 0))
-    assert found.parent == tmp_path / "moerunner" / "tiles"
-    assert found.name == f"NVIDIA-H200-1-triton{tables.triton.__version__}-cuda13.0.json"
+    monkeypatch.setattr(tables, "_DRIVER", tmp_path / "version")
+    device, versions = torch.device("cuda", 0), f"NVIDIA-H200-1-triton{tables.triton.__version__}"
+    assert tables.cache_file(device).name == f"{versions}-driverunknown.json", "a system that does not tell is no error"
+    (tmp_path / "version").write_text("580.95.05\n")
+    assert tables.cache_file(device) == tmp_path / "moerunner" / "tiles" / f"{versions}-driver580.95.05.json"
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 8192])

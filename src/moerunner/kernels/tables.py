@@ -21,6 +21,7 @@ from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import INTERPRETING
 from moerunner.kernels.tiles import Tiles
 
+_DRIVER = Path("/sys/module/nvidia/version")
 _NEAR = math.sqrt(2)
 """A measurement serves up to this many times more or fewer tokens."""
 
@@ -49,14 +50,10 @@ def nearest(by_tokens: dict[int, Tiles], tokens: int) -> Tiles | None:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where `moerunner tune` keeps what it measured on this device with this Triton and CUDA."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (
-        Path(root)
-        / "moerunner"
-        / "tiles"
-        / f"{_slug(torch.cuda.get_device_name(device))}-triton{triton.__version__}-cuda{torch.version.cuda}.json"
-    )
+    """Where `moerunner tune` keeps what it measured on this device with this Triton and driver."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    gpu = _slug(torch.cuda.get_device_name(device))
+    return Path(root) / "moerunner" / "tiles" / f"{gpu}-triton{triton.__version__}-driver{_driver()}.json"
 
 
 def shipped_file(gpu: str) -> Path:
@@ -91,6 +88,14 @@ def write(path: Path, made_on: dict[str, Any], shapes: dict[str, dict[int, dict[
 @functools.cache
 def _measured(device: torch.device) -> dict[str, dict[int, Tiles]]:
     return read(shipped_file(torch.cuda.get_device_name(device))) | read(cache_file(device))
+
+
+def _driver() -> str:
+    """The version of NVIDIA's kernel module, where the system tells it."""
+    try:
+        return _DRIVER.read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _slug(gpu: str) -> str:
