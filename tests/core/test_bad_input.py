@@ -199,7 +199,7 @@ def test_the_runner_is_a_module() -> None:
     assert {n for n, _ in runner.named_parameters()} == set(SPEC.weight_shapes())
     again = MoERunner(SPEC, tensors())
     again.load_state_dict(runner.state_dict())
-    assert torch.equal(again(x), y)
+    assert relative_error(again(x), y) <= 2e-6  # by other kernels: nothing of it is trained
     twin = copy.deepcopy(runner)
     assert torch.equal(pickle.loads(pickle.dumps(twin))(x), y)
     with torch.no_grad():

@@ -15,9 +15,9 @@ from moerunner.errors import UnsupportedError
 from moerunner.experts.base import Backend, BackendInfo, Request, refusals, unavailable
 
 _BUILT_IN = {
-    "cpu": "moerunner.experts.cpu",
     "eager": "moerunner.experts.eager",
     "grouped_mm": "moerunner.experts.grouped_mm",
+    "cpu": "moerunner.experts.cpu",
     "triton": "moerunner.experts.triton",
 }
 _registered: dict[str, Backend] = {}

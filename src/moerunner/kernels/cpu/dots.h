@@ -58,11 +58,19 @@ struct Pairs {
     static int at(int i) { return i; }
 };
 
-// Rows that will be read next and are fetched meanwhile, strides in bytes; each vector of a row moves `bytes` further.
+// Rows that will be read next and are fetched meanwhile, in bytes; each vector of a row moves `vector` further.
 struct Soon {
     const char* row;
-    long step, bytes;
+    long step, vector, length;
 };
+
+// Fetches a part of R rows, from one numbered of as many, into the second cache.
+template <int R>
+INLINE void fetch(Soon soon, long part, long parts) {
+    const long begin = part * soon.length / parts & ~63l, end = (part + 1) * soon.length / parts;
+    for (int r = 0; r < R; ++r)
+        for (long i = begin; i < end; i += 64) __builtin_prefetch(soon.row + r * soon.step + i, 0, 2);
+}
 
 template <class K, int R, int T, bool AHEAD>
 static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh,
@@ -82,7 +90,7 @@ static void tile(const typename K::elem* w, long step, const typename K::token* 
                 for (int r = 0; r < R; ++r) a[t][r] = K::mac(a[t][r], row[r], xs[t] + (s * K::VECS + v) * TOKEN_STEP);
         }
         if (AHEAD)
-            for (int r = 0; r < R; ++r) __builtin_prefetch(soon.row + r * soon.step + s * K::VECS * soon.bytes);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(soon.row + r * soon.step + s * K::VECS * soon.vector, 0, 2);
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) acc[t * R + r] = a[t][r];
@@ -118,18 +126,20 @@ struct Product {
     long pitch;
     vf* acc;  // room for every group of rows of every token of one call
     Soon next;
-    bool copied;  // w is a copy, nothing of it needs to be fetched
 
+    // Few tokens: weights come from memory all the time, so the rows after these are fetched step by step. Many: what comes
+    // after this product is fetched bit by bit between its tiles.
     template <int R, int T>
-    void group(long t, long r, long from, long to, vf* a, bool ahead) const {
-        Soon soon = {nullptr, next.step, next.bytes};
-        if (ahead && copied)
-            soon.row = next.row + r * next.step;
-        else if (ahead && r + R < rows)
-            soon = {(const char*)(w + (r + R) * step), step * (long)sizeof(elem), K::STEP / K::VECS * (long)sizeof(elem)};
-        else if (ahead)
-            soon.row = next.row;
-        if (soon.row) soon.row += from / (K::STEP / K::VECS) * soon.bytes;
+    void group(long t, long r, long from, long to, vf* a, long turn, long turns) const {
+        const long vector = K::STEP / K::VECS * (long)sizeof(elem);
+        Soon soon = next;
+        if (next.row && turns > 1) {
+            soon.row += r * soon.step;
+            fetch<R>(soon, turn, turns);
+            soon.row = nullptr;
+        } else if (next.row && r + R < rows) {
+            soon = {(const char*)(w + (r + R) * step), step * (long)sizeof(elem), vector, 0};
+        }
         block<K, R, T>(w + r * step, step, x + t, from, to, a, from == 0, soon);
     }
 
@@ -149,34 +159,34 @@ struct Product {
     }
 
     template <int R, int T>
-    void tokens_at(long t, long from, long to, vf* a, bool ahead, long turn, long turns) const {
+    void tokens_at(long t, long from, long to, vf* a, long turn, long turns) const {
         const long groups = (rows + R - 1) / R;
-        for (long g = 0; g < groups; ++g) group<R, T>(t, first<R>(g), from, to, a + g * R * T, ahead && g % turns == turn);
+        for (long g = 0; g < groups; ++g) group<R, T>(t, first<R>(g), from, to, a + g * R * T, turn, turns);
         if (to == width) scatter<R, T>(a, groups, t);
     }
 
     template <int T>
-    void some(long t, long from, long to, vf* a, bool ahead, long turn, long turns) const {
+    void some(long t, long from, long to, vf* a, long turn, long turns) const {
         constexpr int R = ROWS_AT_ONCE[T];
         if (rows >= R)
-            tokens_at<R, T>(t, from, to, a, ahead, turn, turns);
+            tokens_at<R, T>(t, from, to, a, turn, turns);
         else
-            tokens_at<1, T>(t, from, to, a, ahead, turn, turns);
+            tokens_at<1, T>(t, from, to, a, turn, turns);
     }
 
     void run() const {
         const long block = tokens <= MAX_T ? width : BLOCK_BYTES / (long)sizeof(token), blocks = (width + block - 1) / block;
-        const long turns = (tokens + MAX_T - 1) / MAX_T, span = MAX_T * (rows + MAX_R);
+        const long quads = (tokens + MAX_T - 1) / MAX_T, span = MAX_T * (rows + MAX_R);
         for (long from = 0; from < width; from += block) {
             const long to = from + block < width ? from + block : width;
-            for (long q = 0; q < turns; ++q) {
+            for (long q = 0; q < quads; ++q) {
                 vf* a = acc + (blocks > 1 ? q * span : 0);
                 const long t = q * MAX_T;
                 switch (tokens - t) {
-                    case 1: some<1>(t, from, to, a, next.row, q, turns); break;
-                    case 2: some<2>(t, from, to, a, next.row, q, turns); break;
-                    case 3: some<3>(t, from, to, a, next.row, q, turns); break;
-                    default: some<MAX_T>(t, from, to, a, next.row, q, turns);
+                    case 1: some<1>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    case 2: some<2>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    case 3: some<3>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    default: some<MAX_T>(t, from, to, a, from / block * quads + q, blocks * quads);
                 }
             }
         }

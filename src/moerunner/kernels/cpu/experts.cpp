@@ -46,6 +46,7 @@ namespace {
 
 constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a time
 constexpr long TOKENS_A_TASK = 4;
+constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
 
 INLINE long up_to(long n, long unit) { return (n + unit - 1) / unit * unit; }
@@ -117,7 +118,8 @@ class Layer {
    public:
     explicit Layer(const Call& call) : c(call), activation(call), slot_count(call.tokens * call.top_k) {
         x_pitch = pitch(c.hidden), h_pitch = pitch(c.inter);
-        part = slot_count > 2 * c.experts ? MAX_ROWS : MAX_ROWS / 2;
+        up_part = 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
+        down_part = slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
     }
 
     bool run(Arena& arena) {
@@ -128,11 +130,11 @@ class Layer {
         lay_out(real);
         sort();
         arrange.count = (x_count() + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
-        up_parts = (c.inter + part - 1) / part;
+        up_parts = (c.inter + up_part - 1) / up_part;
         up.count = run_count * up_parts;
-        down.count = (c.hidden + part - 1) / part;
-        const double work = (double)(up.count + down.count) * part * (c.hidden + c.inter);  // about
-        const long threads = least(c.threads, 1 + (long)(work / 100e3));
+        down.count = (c.hidden + down_part - 1) / down_part;
+        const double work = 3.0 * run_count * c.hidden * c.inter;  // numbers to read
+        const long threads = least(c.threads, 1 + (long)(work / 50e3));
         if (threads <= 1)
             thread(this);
         else if (c.fork)
@@ -144,7 +146,7 @@ class Layer {
 
    private:
     struct Scratch {
-        float *gate, *up;  // [CHUNK][part]
+        float *gate, *up;  // [CHUNK][MAX_ROWS]
         vf* acc;
         token* panel;  // rows of gate and up, or of down, as tokens lie
     };
@@ -152,7 +154,7 @@ class Layer {
     const Call& c;
     const Activation activation;
     const long slot_count;
-    long part;  // rows of gate, of up and of down that a task takes
+    long up_part, down_part;  // rows of gate and of up, and of down, that a task takes
     long x_pitch, h_pitch, up_parts = 0, run_count = 0;
     int32_t* slots;  // in the order of experts
     Run* runs;
@@ -181,10 +183,10 @@ class Layer {
 
     Scratch lay_out_scratch(Cut& cut) const {
         Scratch s;
-        s.gate = cut.take<float>(CHUNK * part);
-        s.up = cut.take<float>(CHUNK * part);
-        s.acc = cut.take<vf>((CHUNK + MAX_T) * (part + MAX_R) + LANES);
-        s.panel = cut.take<token>(part * (2 * x_pitch > h_pitch ? 2 * x_pitch : h_pitch));
+        s.gate = cut.take<float>(CHUNK * MAX_ROWS);
+        s.up = cut.take<float>(CHUNK * MAX_ROWS);
+        s.acc = cut.take<vf>((CHUNK + MAX_T) * (MAX_ROWS + MAX_R) + LANES);
+        s.panel = cut.take<token>(2 * up_part * x_pitch > down_part * h_pitch ? 2 * up_part * x_pitch : down_part * h_pitch);
         return s;
     }
 
@@ -277,11 +279,12 @@ class Layer {
     // next: what this thread will read after this.
     void multiply(Rows<elem> w, const token* panel, long rows, long width, const token* const* tokens, long n, float* out,
                   vf* acc, Rows<elem> next) const {
-        const Soon soon = {(const char*)next.at, next.step * (long)sizeof(elem), K::STEP / K::VECS * (long)sizeof(elem)};
+        const long size = sizeof(elem);
+        const Soon soon = {(const char*)next.at, next.step * size, K::STEP / K::VECS * size, width * size};
         if (panel)
-            Product<Panel>{(const typename Panel::elem*)panel, pitch(width), rows, up_to(width, K::STEP), tokens, n, out, part, acc, soon, true}.run();
+            Product<Panel>{(const typename Panel::elem*)panel, pitch(width), rows, up_to(width, K::STEP), tokens, n, out, MAX_ROWS, acc, soon}.run();
         else
-            Product<K>{w.at, w.step, rows, width, tokens, n, out, part, acc, soon, false}.run();
+            Product<K>{w.at, w.step, rows, width, tokens, n, out, MAX_ROWS, acc, soon}.run();
     }
 
     Rows<elem> gate_rows(const Run& run, long i) const {
@@ -307,19 +310,19 @@ class Layer {
     void gate_and_up(long task, long next, const Scratch& s) const {
         const bool gated = c.layout != UNGATED;
         const Run& run = runs[task / up_parts];
-        const long i = task % up_parts * part, n = least(part, c.inter - i);
+        const long i = task % up_parts * up_part, n = least(up_part, c.inter - i);
         const Rows<elem> gate = gate_rows(run, i), up = up_rows(run, i), none = {nullptr, 0, 1};
         const bool panel = by_panel(gate, run);
         token *gate_panel = nullptr, *up_panel = nullptr;
         if (panel) {
-            gate_panel = s.panel, up_panel = s.panel + part * x_pitch;
+            gate_panel = s.panel, up_panel = s.panel + up_part * x_pitch;
             widen(gate_panel, gate, n, c.hidden);
             if (gated) widen(up_panel, up, n, c.hidden);
         }
         Rows<elem> gate_next = none, up_next = none;
         if (next < this->up.count) {
-            gate_next = gate_rows(runs[next / up_parts], next % up_parts * part);
-            up_next = up_rows(runs[next / up_parts], next % up_parts * part);
+            gate_next = gate_rows(runs[next / up_parts], next % up_parts * up_part);
+            up_next = up_rows(runs[next / up_parts], next % up_parts * up_part);
         } else {
             gate_next = down_rows(runs[0], 0);
         }
@@ -332,14 +335,16 @@ class Layer {
             multiply(gate, gate_panel, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
             if (gated) multiply(up, up_panel, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
             for (long t = 0; t < count; ++t) {
-                float *g = s.gate + t * part, *u = s.up + t * part;
+                float *g = s.gate + t * MAX_ROWS, *u = s.up + t * MAX_ROWS;
                 finish(g, n, c.w13_scale, c.b13, first + i * step, step);
                 if (gated) finish(u, n, c.w13_scale, c.b13, first_up + i * step, step);
                 token* row = h + (run.begin + from + t) * h_pitch;
                 for (long j = 0; j < n; j += LANES) {
                     vf y = activation.of_gate(load<vf>(g + j));
                     if (gated) y *= activation.of_up(load<vf>(u + j));
-                    for (long l = 0; l < LANES && j + l < n; ++l) put(row, i + j + l, y[l]);
+                    float some[LANES];
+                    store(some, y);
+                    for (long l = 0; l < LANES && j + l < n; ++l) put(row, i + j + l, some[l]);
                 }
                 for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put(row, j, 0.0f);
             }
@@ -351,7 +356,7 @@ class Layer {
     }
 
     void down_into(long task, long next, const Scratch& s) const {
-        const long first = task * part, n = least(part, c.hidden - first);
+        const long first = task * down_part, n = least(down_part, c.hidden - first);
         for (long t = 0; t < (c.rows ? slot_count : c.tokens); ++t) memset(c.out + t * c.hidden + first, 0, n * sizeof(float));
         for (const Run* run = runs; run < runs + run_count; ++run) {
             const Rows<elem> down = down_rows(*run, first), none = {nullptr, 0, 1};
@@ -361,13 +366,13 @@ class Layer {
             if (run + 1 < runs + run_count)
                 then = down_rows(run[1], first);
             else if (next < this->down.count)
-                then = down_rows(runs[0], next * part);
+                then = down_rows(runs[0], next * down_part);
             for (long from = 0; from < run->count; from += CHUNK) {
                 const long count = least(CHUNK, run->count - from);
                 const bool last = from + count == run->count;
                 multiply(down, panel ? s.panel : nullptr, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
                 for (long t = 0; t < count; ++t) {
-                    float* y = s.gate + t * part;
+                    float* y = s.gate + t * MAX_ROWS;
                     finish(y, n, c.w2_scale, c.b2, run->expert * c.hidden + first, 1);
                     add(y, slots[run->begin + from + t], first, n);
                 }
