@@ -139,7 +139,7 @@ def test_options_and_layouts_that_cannot_be() -> None:
     with pytest.raises(UnsupportedError, match=r"no backend is called 'cutlass'.*Known: eager"):
         MoERunner(SPEC, tensors(), options=Options(backend="cutlass"))
     with pytest.raises(UnsupportedError, match="not batch invariant"):
-        MoERunner(SPEC, tensors(), options=Options(batch_invariant=True))
+        MoERunner(SPEC, tensors(), options=Options(backend="grouped_mm", batch_invariant=True))
     with pytest.raises(DistributedError, match=r"Layout\.bind"):
         MoERunner(SPEC, tensors(), Layout(tp=2))
     for bad in ({"ep": 0}, {"tp": 1.5}, {"tokens": "some"}, {"shared": "no"}, {"redundant": -1}, {"timeout": 0}):

@@ -16,6 +16,7 @@ from moerunner.experts import cpu as backend
 from moerunner.experts.base import Request
 from moerunner.kernels.cpu import build, library
 from moerunner.kernels.cpu.experts import KINDS, LAYOUTS, cpu_experts, run
+from moerunner.quant import int8
 from moerunner.spec import ActivationSpec
 from moerunner.values import TopK
 
@@ -117,6 +118,21 @@ def test_rows_are_zero_where_there_is_no_expert(path, dtype):
 @pytest.mark.parametrize("output", ["summed", "rows"])
 def test_input_weighting(path, dtype, output):
     check(path, case("cpu", dtype, input_weighting=True, bias=True, output=output))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_int8_weights(path, dtype, tokens):
+    """Against float64 on the weights that the codes stand for."""
+    c = case("cpu", torch.float32, tokens=tokens, hidden=133, bias=True)
+    held = int8.quantize(c.weights)
+    plain = int8.dequantize(held, torch.float64)
+    c = dataclasses.replace(c, x=c.x.to(dtype), weights=plain)
+    rounded = {n: dataclasses.replace(e, tensor=e.tensor.to(dtype)) for n, e in held.tensors.items() if n in ("b13", "b2")}
+    exact = dataclasses.replace(plain, tensors={**plain.tensors, **rounded})
+    y = call(path, c, weights=dataclasses.replace(held, tensors={**held.tensors, **rounded}))
+    c = dataclasses.replace(c, weights=exact)
+    assert error(y, c.exact()) <= c.bound()
 
 
 def test_no_expert_and_no_token(path):
