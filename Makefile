@@ -26,7 +26,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CACHE := .cache-make
 TIMES := $(CACHE)/test-times.txt
-LINTED := src tests $(wildcard scripts)
+LINTED := src tests hatch_build.py $(wildcard scripts)
+# What an install compiles.
+NATIVE := hatch_build.py $(wildcard src/moerunner/kernels/cpu/*.cpp src/moerunner/kernels/cpu/*.h src/moerunner/kernels/cpu/build.py)
 
 # An environment that no longer starts, or that was copied here from another folder, is built again.
 ifneq ($(wildcard $(VENV)),)
@@ -127,12 +129,12 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
 	@$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH)'
 	@touch $@
 
-$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml $(NATIVE)
 	@echo "[3/4] moerunner with Transformers, serving and plots"
 	@$(PIP) install -q -e '.[hf,serve,plot]'
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml $(NATIVE)
 	@echo "[3/4] moerunner with Transformers, serving, plots and the test tools"
 	@$(PIP) install -q -e '.[hf,serve,plot,dev]'
 	@touch $@ $(VENV)/.stamp-demo

@@ -86,7 +86,7 @@ class MoERunner(nn.Module):
             leaves the others as they are.
         """
         w = self.layer_weights()
-        v, x_TH = self._enter(x, w)
+        v, x_TH = self._enter(x, w, router_logits, router_input, topk and topk.weights)
         chosen = v.route(
             x_TH,
             w,
@@ -156,9 +156,9 @@ class MoERunner(nn.Module):
         bias.data = exact.to(bias.device) if bias.dtype != exact.dtype else bias.data
         return self
 
-    def _enter(self, x: Tensor, w: LayerWeights) -> tuple[Verbs, Tensor]:
-        """The plan for these tokens as functions, and the tokens as [T, H]."""
-        w2 = w.experts[0].w2
+    def _enter(self, x: Tensor, w: LayerWeights, *others: Tensor | None) -> tuple[Verbs, Tensor]:
+        """The plan for these tokens as functions, and the tokens as [T, H]. others: what else may want a gradient."""
+        w2, grad = w.experts[0].w2, self.options.grad
         if x.shape[-1:] != (self.spec.hidden_size,):
             raise SpecError(f"has shape {list(x.shape)}, the hidden size is {self.spec.hidden_size}", where="x")
         if self.options.dtype not in (None, str(x.dtype).removeprefix("torch.")):
@@ -167,9 +167,9 @@ class MoERunner(nn.Module):
             raise WeightsError(f"tokens are {x.dtype}, the experts {w2.dtype}", where="x", next_step="Cast one of them")
         if x.device != w2.device:
             raise WeightsError(f"tokens are on {x.device}, the experts on {w2.device}", where="x")
-        grad = self.options.grad
         if grad is None:
-            grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+            given = any(t is not None and t.requires_grad for t in (x, *others))
+            grad = torch.is_grad_enabled() and (given or w.requires_grad)
         verbs = self._verbs.get((x.device.type, x.dtype, grad)) or self._resolve(w, grad, x)
         if x.dtype not in self._agreed:
             self._agreed.add(verbs.agree(w))

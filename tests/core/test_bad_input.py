@@ -139,7 +139,7 @@ def test_options_and_layouts_that_cannot_be() -> None:
     with pytest.raises(UnsupportedError, match=r"no backend is called 'cutlass'.*Known: eager"):
         MoERunner(SPEC, tensors(), options=Options(backend="cutlass"))
     with pytest.raises(UnsupportedError, match="not batch invariant"):
-        MoERunner(SPEC, tensors(), options=Options(batch_invariant=True))
+        MoERunner(SPEC, tensors(), options=Options(backend="grouped_mm", batch_invariant=True))
     with pytest.raises(DistributedError, match=r"Layout\.bind"):
         MoERunner(SPEC, tensors(), Layout(tp=2))
     for bad in ({"ep": 0}, {"tp": 1.5}, {"tokens": "some"}, {"shared": "no"}, {"redundant": -1}, {"timeout": 0}):
@@ -199,7 +199,7 @@ def test_the_runner_is_a_module() -> None:
     assert {n for n, _ in runner.named_parameters()} == set(SPEC.weight_shapes())
     again = MoERunner(SPEC, tensors())
     again.load_state_dict(runner.state_dict())
-    assert torch.equal(again(x), y)
+    assert relative_error(again(x), y) <= 2e-6  # by other kernels: nothing of it is trained
     twin = copy.deepcopy(runner)
     assert torch.equal(pickle.loads(pickle.dumps(twin))(x), y)
     with torch.no_grad():

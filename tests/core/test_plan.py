@@ -348,6 +348,7 @@ def test_fingerprints_tell_layers_apart_and_not_kernels() -> None:
 
 
 def test_explain_says_what_runs_and_why() -> None:
-    text = plan_of(SPECS["latent, norm"], LAYOUTS["ep2 tp2"], pad=PAD).explain()
-    for part in ("experts (eager)", "not grouped_mm: needs", "is not linear", "8 of 11", "all_reduce over ep+tp"):
+    plan = plan_of(SPECS["latent, norm"], LAYOUTS["ep2 tp2"], pad=PAD)
+    text = plan.explain()
+    for part in (f"experts ({plan.backend})", "not grouped_mm: needs", "is not linear", "8 of 11", "all_reduce over ep+tp"):
         assert part in text, text

@@ -30,7 +30,7 @@ from moerunner import (
     TransformSpec,
 )
 from moerunner.experts import eager, register
-from moerunner.experts.registry import available, unregister
+from moerunner.experts.registry import available, get, unregister
 from moerunner.ops.reference import gated_activation, reference, reference_route
 from moerunner.parallel.comm import simulate
 from moerunner.parallel.layout import split_counts
@@ -39,6 +39,7 @@ from moerunner.values import Replicate, TopK, ValueState
 HIDDEN, EXPERTS, INNER, VOCAB = 16, 8, 48, 32
 CAPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BACKENDS = [name for name, runs, _ in available("cpu") if runs]
+TRAINABLE = [name for name in BACKENDS if get(name).INFO.backward]
 
 ROUTERS = {
     "softmax": RoutingSpec(),

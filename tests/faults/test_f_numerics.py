@@ -118,7 +118,7 @@ def test_F2_batch_invariance_is_given_or_refused(backend):
 
 def test_F2_a_kernel_that_declares_it_is_taken():
     spec = make_spec()
-    with toy_backend(batch_invariant=True, priority={"cpu": -1}):
+    with toy_backend(batch_invariant=True, priority={"cpu": 99}):
         runner = MoERunner(spec, make_weights(spec), options=Options(batch_invariant=True))
         assert runner.plan.backend == "toy"
 

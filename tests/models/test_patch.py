@@ -200,7 +200,7 @@ def test_every_gradient_mode(mixtral, mode):
     with mode():
         out = mixtral(prompt()).logits
     assert out.requires_grad == (mode is torch.enable_grad)
-    assert torch.equal(out.detach().clone(), logits(mixtral))
+    assert relative(out.detach().clone(), logits(mixtral)) <= 1e-5  # kernels with backward, and others
 
 
 def test_autocast(model):

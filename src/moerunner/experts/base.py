@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -39,7 +39,7 @@ class BackendInfo:
     reduced: its result needs no reduction over ranks.
     priority: larger is preferred by "auto", per device type, or per `device/dtype` where that differs.
     few_tokens: up to so many tokens it is preferred all the same, per device type.
-    requires: a module that must be installed.
+    requires: a module that must be installed. unavailable: gives another reason why it cannot run here, or nothing.
     """
 
     name: str
@@ -63,6 +63,7 @@ class BackendInfo:
     priority: Mapping[str, int] = field(default_factory=dict)
     few_tokens: Mapping[str, int] = field(default_factory=dict)
     requires: str = ""
+    unavailable: Callable[[], str] = str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,11 @@ class Backend(Protocol):
         ...
 
 
-def missing_module(info: BackendInfo) -> str:
+def unavailable(info: BackendInfo) -> str:
     """Why the backend cannot run at all here; empty when it can."""
-    absent = info.requires and importlib.util.find_spec(info.requires) is None
-    return f"needs {info.requires}, which is not installed" if absent else ""
+    if info.requires and importlib.util.find_spec(info.requires) is None:
+        return f"needs {info.requires}, which is not installed"
+    return info.unavailable()
 
 
 def refusals(info: BackendInfo, request: Request) -> list[str]:
@@ -132,8 +134,8 @@ def refusals(info: BackendInfo, request: Request) -> list[str]:
     needs |= {n for n in ("limit", "gate_softcap", "up_softcap") if getattr(a, n) is not None}
     needs |= {"clamp_after"} if a.clamp_after else set()
     reasons = []
-    if missing := missing_module(info):
-        reasons.append(missing)
+    if absent := unavailable(info):
+        reasons.append(absent)
     if request.device not in info.dtypes:
         reasons.append(f"runs on {', '.join(sorted(info.dtypes))}, not on {request.device}")
     elif request.dtype not in info.dtypes[request.device]:

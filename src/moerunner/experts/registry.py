@@ -12,11 +12,12 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from moerunner.errors import UnsupportedError
-from moerunner.experts.base import Backend, BackendInfo, Request, missing_module, refusals
+from moerunner.experts.base import Backend, BackendInfo, Request, refusals, unavailable
 
 _BUILT_IN = {
     "eager": "moerunner.experts.eager",
     "grouped_mm": "moerunner.experts.grouped_mm",
+    "cpu": "moerunner.experts.cpu",
     "triton": "moerunner.experts.triton",
 }
 _registered: dict[str, Backend] = {}
@@ -96,9 +97,9 @@ def choose(request: Request, backend: str = "auto") -> Chosen:
     able.sort(key=lambda pair: -pair[0])
     best = able[0][1]
     refused += [(b.INFO.name, f"{best.INFO.name} is preferred on {request.device}") for _, b in able[1:]]
-    few = [(b.INFO.few_tokens.get(request.device, 0), b) for _, b in able[1:] if _interchangeable(b.INFO, best.INFO)]
-    few = [] if request.batch_invariant else few  # other kernels, other bits
-    limit, small = max(few, key=lambda pair: pair[0], default=(0, best))
+    few = [(b.INFO.few_tokens.get(request.device, 0), b) for _, b in able if _interchangeable(b.INFO, best.INFO)]
+    limit, small = max(few, key=lambda pair: pair[0])  # of equals the preferred one
+    limit = 0 if small is best or request.batch_invariant else limit  # other kernels, other bits
     reason = f"preferred on {request.device} among {len(able)} that can"
     return Chosen(best, reason, tuple(refused), (limit, small) if limit else None)
 
@@ -117,9 +118,9 @@ def available(device: str) -> list[tuple[str, bool, str]]:
     rows = []
     for name in names():
         info: BackendInfo = get(name).INFO
-        missing = missing_module(info)
-        if missing:
-            rows.append((name, False, missing))
+        absent = unavailable(info)
+        if absent:
+            rows.append((name, False, absent))
         elif device in info.dtypes:
             rows.append((name, True, f"{', '.join(sorted(info.dtypes[device]))}"))
         else:

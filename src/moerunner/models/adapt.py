@@ -91,11 +91,13 @@ def unpatch(model: nn.Module) -> None:
     """Gives every patched block its own forward back. A model that is not patched stays as it is.
 
     Raises:
-        UnsupportedError: this rank holds a part of the experts, with which a block's own forward cannot run.
+        UnsupportedError: this rank holds a part of the experts, or holds them quantised; a block's own forward cannot run so.
     """
-    if any(forward.source.is_cut for block in model.modules() if (forward := forward_of(block)) is not None):
-        what = "this rank holds a part of the experts, with which the blocks' own forward cannot run"
-        raise UnsupportedError(what, where="unpatch", next_step="Load the model without a layout")
+    for block in model.modules():
+        forward = forward_of(block)
+        if forward is not None and forward.source.is_cut:
+            what = f"{forward.source.holds}, with which a block's own forward cannot run"
+            raise UnsupportedError(what, where="unpatch", next_step="Load the model without a layout and not quantised")
     for block in model.modules():
         if forward_of(block) is None:
             continue

@@ -102,7 +102,10 @@ class Source:
 
     The block is held weakly, so that a patched model is freed like any other, without waiting for the garbage collector.
     parts: every module of the block. built: its attributes that the spec speaks of, by path, with their values.
+    is_cut: the block's own forward cannot run, `holds` says why.
     """
+
+    holds = "this rank holds a part of its experts"
 
     def __init__(
         self, block: nn.Module, parts: tuple[Part, ...], built: Mapping[str, Any], family: Family, spec: MoESpec
@@ -234,7 +237,7 @@ class PatchedForward:
             hidden = self.runner(x, **chosen)
         except Changed as change:
             if self.source.is_cut:
-                what = f"{change}; its own forward cannot run, as this rank holds a part of its experts"
+                what = f"{change}; its own forward cannot run, as {self.source.holds}"
                 raise UnsupportedError(what, where=type(block).__name__) from change
             self._tell(change)
             return type(block).forward(block, *args, **kwargs)

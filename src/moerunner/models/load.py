@@ -25,6 +25,7 @@ from moerunner.models.fill import Filling, check, check_kind, stream
 from moerunner.models.live import Live, take
 from moerunner.models.names import Arrangement, Naming
 from moerunner.models.prepare import prepare, sites, spec_of
+from moerunner.models.quantized import known, quantized
 from moerunner.models.shards import bound_to, cuts_of
 from moerunner.models.tensorfile import Stored
 from moerunner.parallel.layout import BoundLayout, Layout
@@ -42,6 +43,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     layout: Layout | BoundLayout | None = None,
+    quantize: str | None = None,
 ) -> Any:
     """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
 
@@ -54,16 +56,21 @@ def load(
         path: a folder in the format of `save_pretrained`. Nothing is downloaded, no code and no pickle from it is run.
         dtype: of the weights; None keeps the checkpoint's. A router's correction bias is never rounded below float32.
         device: where the weights go; None: host memory. layout: as for `patch`.
+        quantize: "int8" holds the experts in whole numbers with a scale per row, `quant.int8`; all else stays as it is. Such a
+            model is neither saved nor unpatched, takes no other weights, and runs on one rank.
 
     Raises:
         CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
-        UnsupportedError: the model, or the format of its weights, is not known; the layout shards tokens.
+        UnsupportedError: the model, or the format of its weights, is not known; the layout shards tokens; or `quantize`.
         DistributedError: there are no processes for the layout.
         SpecError: a config key may change a layer and the family's entry does not know it.
     """
     from moerunner.models.adapt import install
 
     path, device, bound = Path(path), _device(device), bound_to(layout)
+    known(quantize)
+    if quantize is not None and bound is not None:
+        raise UnsupportedError("experts are quantised on one rank only", where="quantize", next_step="Give no layout")
     plan = blueprint(path, dtype)
     model, naming, arranged, stored = plan.model.eval(), plan.naming, plan.arranged, plan.stored
     _generation_config(model, path)
@@ -82,6 +89,8 @@ def load(
     _refuse_unset(model, path / CONFIG)
     model._weight_conversions = [rule for rule in naming.rules if rule.was_used()]  # saving goes back the same way
     model.name_or_path = str(path)
+    if quantize is not None:
+        ready = quantized(model, quantize)
     model.moerunner_report = install(model, Options(), bound, ready)
     return model
 

@@ -156,9 +156,9 @@ def _cut_tensors(source: Source) -> list[tuple[Tensor, Cut]]:
 
 
 def refuse_saving(*_: Any, **__: Any) -> NoReturn:
-    """Stands for `save_pretrained` of a model of which this rank holds a part."""
+    """Stands for `save_pretrained` of a model of which this rank holds a part, or which holds its experts quantised."""
     raise UnsupportedError(
-        "this rank holds a part of the experts; what it could save is no checkpoint",
+        "this rank holds a part of the experts, or holds them quantised; what it could save is no checkpoint",
         where="save_pretrained",
-        next_step="Load the checkpoint without a layout in one process, and save that model",
+        next_step="Load the checkpoint without a layout and not quantised in one process, and save that model",
     )

@@ -13,6 +13,7 @@ from moerunner.errors import UnsupportedError, WeightsError
 from moerunner.values import ExpertWeights
 
 PLAIN = "none"
+_BUILT_IN = {"int8": "moerunner.quant.int8"}
 _registered: dict[str, Format] = {}
 
 
@@ -44,16 +45,16 @@ def _entry_points() -> dict[str, str]:
 
 
 def names() -> list[str]:
-    return [*_registered, *_entry_points()]
+    return [*_BUILT_IN, *_registered, *_entry_points()]
 
 
 def get(name: str) -> Format:
     """The format of this name."""
     if name in _registered:
         return _registered[name]
-    path = _entry_points().get(name)
+    path = _BUILT_IN.get(name) or _entry_points().get(name)
     if path is None:
-        known = ", ".join(names()) or "none beside plain weights"
+        known = ", ".join(names())
         raise UnsupportedError(f"no format is called {name!r}", where="experts' weights", next_step=f"Known: {known}")
     module, _, attribute = path.partition(":")
     loaded = importlib.import_module(module)

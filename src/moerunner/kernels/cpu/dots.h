@@ -1,0 +1,196 @@
+// Products of rows of weights with tokens, the only matrix product there is: both lie along the hidden width, so weights are
+// read as they are stored, once for up to MAX_T tokens at a time. Every output is summed over the same lanes in the same
+// order, whatever is computed beside it: a token's result does not depend on the batch.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int MAX_T = 4;  // tokens at a time
+#if LANES == 16
+constexpr int ROWS_AT_ONCE[MAX_T + 1] = {0, 8, 8, 8, 6};  // accumulators in 32 registers
+#else
+constexpr int ROWS_AT_ONCE[MAX_T + 1] = {0, 8, 4, 4, 3};  // in 16
+#endif
+constexpr int MAX_R = 8;
+constexpr int MAX_ROWS = 48;  // of one product: what one thread takes at a time
+constexpr long BLOCK_BYTES = 4096;  // of a token, so that MAX_T of them stay in the first cache
+
+// How weights of one kind are multiplied: STEP numbers in VECS vectors, with tokens that were arranged for it.
+// `at` is the place of number i of a step among the arranged ones.
+
+struct Float {
+    typedef float elem;
+    typedef float token;
+    enum { STEP = LANES, VECS = 1 };
+    static vf weight(const elem* p, int) { return load<vf>(p); }
+    static vf mac(vf acc, vf w, const token* x) { return acc + w * load<vf>(x); }
+    static int at(int i) { return i; }
+};
+
+struct Half : Float {
+    typedef uint16_t elem;
+    static vf weight(const elem* p, int) { return widen_half(load<vh>(p)); }
+};
+
+struct Int8 : Float {
+    typedef int8_t elem;
+    static vf weight(const elem* p, int) { return __builtin_convertvector(load<vb>(p), vf); }
+};
+
+// A word holds two numbers: those in its low halves, then those in its high halves.
+struct Bfloat : Float {
+    typedef uint16_t elem;
+    enum { STEP = 2 * LANES, VECS = 2 };
+    static vf weight(const elem* p, int v) { return v == 0 ? (vf)(load<vu>(p) << 16) : (vf)(load<vu>(p) & 0xffff0000u); }
+    static int at(int i) { return (i & 1) * LANES + i / 2; }
+};
+
+// Pairs of bfloat16 in one instruction.
+struct Pairs {
+    typedef uint16_t elem;
+    typedef uint16_t token;
+    enum { STEP = 2 * LANES, VECS = 1 };
+    static vf weight(const elem* p, int) { return load<vf>(p); }
+    static vf mac(vf acc, vf w, const token* x) { return dot_pairs(acc, (vu)w, load<vu>(x)); }
+    static int at(int i) { return i; }
+};
+
+// Rows that will be read next and are fetched meanwhile, in bytes; each vector of a row moves `vector` further.
+struct Soon {
+    const char* row;
+    long step, vector, length;
+};
+
+// Fetches a part of R rows, from one numbered of as many, into the second cache.
+template <int R>
+INLINE void fetch(Soon soon, long part, long parts) {
+    const long begin = part * soon.length / parts & ~63l, end = (part + 1) * soon.length / parts;
+    for (int r = 0; r < R; ++r)
+        for (long i = begin; i < end; i += 64) __builtin_prefetch(soon.row + r * soon.step + i, 0, 2);
+}
+
+template <class K, int R, int T, bool AHEAD>
+static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh,
+                 Soon soon) {
+    constexpr int TOKEN_STEP = K::STEP / K::VECS;
+    vf a[T][R];
+    const typename K::token* xs[T];
+    for (int t = 0; t < T; ++t) {
+        xs[t] = x[t] + from;
+        for (int r = 0; r < R; ++r) a[t][r] = fresh ? (vf){} : acc[t * R + r];
+    }
+    for (long s = 0; s < steps; ++s) {
+        for (int v = 0; v < K::VECS; ++v) {
+            vf row[R];
+            for (int r = 0; r < R; ++r) row[r] = K::weight(w + r * step + s * K::STEP, v);
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < R; ++r) a[t][r] = K::mac(a[t][r], row[r], xs[t] + (s * K::VECS + v) * TOKEN_STEP);
+        }
+        if (AHEAD)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(soon.row + r * soon.step + s * K::VECS * soon.vector, 0, 2);
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) acc[t * R + r] = a[t][r];
+}
+
+// R rows with T tokens, all steps from `from` on; a part of a step at the end is completed with zeros.
+template <class K, int R, int T>
+static void block(const typename K::elem* w, long step, const typename K::token* const* x, long from, long to, vf* acc, bool fresh,
+                  Soon soon) {
+    long steps = (to - from) / K::STEP, rest = (to - from) % K::STEP;
+    if (soon.row)
+        tile<K, R, T, true>(w + from, step, x, from, steps, acc, fresh, soon);
+    else
+        tile<K, R, T, false>(w + from, step, x, from, steps, acc, fresh, soon);
+    if (rest) {
+        typename K::elem tail[R * K::STEP] = {};
+        long done = from + steps * K::STEP;
+        for (int r = 0; r < R; ++r) memcpy(tail + r * K::STEP, w + r * step + done, rest * sizeof *tail);
+        tile<K, R, T, false>(tail, K::STEP, x, done, 1, acc, fresh && !steps, soon);
+    }
+}
+
+template <class K>
+struct Product {
+    typedef typename K::elem elem;
+    typedef typename K::token token;
+
+    const elem* w;
+    long step, rows, width;  // width: numbers of a row
+    const token* const* x;
+    long tokens;
+    float* out;  // [tokens][pitch]
+    long pitch;
+    vf* acc;  // room for every group of rows of every token of one call
+    Soon next;
+
+    // Few tokens: weights come from memory all the time, so the rows after these are fetched step by step. Many: what comes
+    // after this product is fetched bit by bit between its tiles.
+    template <int R, int T>
+    void group(long t, long r, long from, long to, vf* a, long turn, long turns) const {
+        const long vector = K::STEP / K::VECS * (long)sizeof(elem);
+        Soon soon = next;
+        if (next.row && turns > 1) {
+            soon.row += r * soon.step;
+            fetch<R>(soon, turn, turns);
+            soon.row = nullptr;
+        } else if (next.row && r + R < rows) {
+            soon = {(const char*)(w + (r + R) * step), step * (long)sizeof(elem), vector, 0};
+        }
+        block<K, R, T>(w + r * step, step, x + t, from, to, a, from == 0, soon);
+    }
+
+    template <int R, int T>
+    void scatter(const vf* a, long groups, long t) const {
+        float flat[MAX_T * (MAX_ROWS + MAX_R) + LANES];
+        const long count = groups * R * T;
+        for (long v = 0; v < count; v += LANES) store(flat + v, sums(a + v));
+        for (long g = 0; g < groups; ++g)
+            for (int i = 0; i < T; ++i) memcpy(out + (t + i) * pitch + first<R>(g), flat + (g * T + i) * R, R * sizeof(float));
+    }
+
+    // Where group g begins; the last one overlaps the one before it if rows do not divide.
+    template <int R>
+    long first(long g) const {
+        return g * R + R <= rows ? g * R : rows - R;
+    }
+
+    template <int R, int T>
+    void tokens_at(long t, long from, long to, vf* a, long turn, long turns) const {
+        const long groups = (rows + R - 1) / R;
+        for (long g = 0; g < groups; ++g) group<R, T>(t, first<R>(g), from, to, a + g * R * T, turn, turns);
+        if (to == width) scatter<R, T>(a, groups, t);
+    }
+
+    template <int T>
+    void some(long t, long from, long to, vf* a, long turn, long turns) const {
+        constexpr int R = ROWS_AT_ONCE[T];
+        if (rows >= R)
+            tokens_at<R, T>(t, from, to, a, turn, turns);
+        else
+            tokens_at<1, T>(t, from, to, a, turn, turns);
+    }
+
+    void run() const {
+        const long block = tokens <= MAX_T ? width : BLOCK_BYTES / (long)sizeof(token), blocks = (width + block - 1) / block;
+        const long quads = (tokens + MAX_T - 1) / MAX_T, span = MAX_T * (rows + MAX_R);
+        for (long from = 0; from < width; from += block) {
+            const long to = from + block < width ? from + block : width;
+            for (long q = 0; q < quads; ++q) {
+                vf* a = acc + (blocks > 1 ? q * span : 0);
+                const long t = q * MAX_T;
+                switch (tokens - t) {
+                    case 1: some<1>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    case 2: some<2>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    case 3: some<3>(t, from, to, a, from / block * quads + q, blocks * quads); break;
+                    default: some<MAX_T>(t, from, to, a, from / block * quads + q, blocks * quads);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,99 @@
+"""The library for this machine: the fastest path that it has the instructions for, or the one that MOERUNNER_CPU_ISA names."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+from moerunner.errors import UnsupportedError
+from moerunner.kernels.cpu.build import FOLDER, RECORD, file_of, paths
+
+SWITCH = "MOERUNNER_CPU_ISA"
+_NEEDS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+}
+_FIELDS = (
+    *((name, ctypes.c_void_p) for name in "x ids weights w13 w2 b13 b2 w13_scale w2_scale out".split()),
+    *((name, ctypes.c_int64) for name in "tokens top_k experts hidden inter x_step".split()),
+    *((name, ctypes.c_int64) for name in "w13_expert w13_row w13_column w2_expert w2_row w2_column".split()),
+    *((name, ctypes.c_int64) for name in "x_dtype w_dtype layout kind per_slot rows".split()),
+    *((name, ctypes.c_double) for name in "alpha beta limit gate_softcap up_softcap".split()),
+    *((name, ctypes.c_int64) for name in "clamp_after threads".split()),
+    ("fork", ctypes.c_void_p),
+)
+
+
+class Call(ctypes.Structure):
+    """`struct Call` of experts.cpp."""
+
+    _fields_ = list(_FIELDS)
+
+
+@cache
+def _instructions() -> frozenset[str]:
+    """What the processor and the operating system offer, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+
+
+def absent(path: str) -> str:
+    """Why a path cannot run here; empty when it can."""
+    if path not in paths():
+        return f"no path of this machine is called {path!r}, known: {', '.join(paths())}"
+    lacking = sorted(_NEEDS.get(path, set()) - _instructions())
+    if lacking:
+        return f"the processor has no {', '.join(lacking)}"
+    if not file_of(path).exists():
+        return _not_built(path)
+    return ""
+
+
+def _not_built(path: str) -> str:
+    record = FOLDER / RECORD
+    again = "run: python -m moerunner.kernels.cpu.build"
+    if not record.exists():
+        return f"was not compiled; {again}"
+    reason = json.loads(record.read_text())["missing"].get(path, "its file is gone")
+    return f"was not compiled, since {reason}; {again}"
+
+
+@cache
+def chosen() -> tuple[str, str]:
+    """The path to run, and with none the reason."""
+    named = os.environ.get(SWITCH, "")
+    if named:
+        reason = absent(named)
+        return ("", f"{SWITCH}={named}: {reason}") if reason else (named, "")
+    reasons = {path: absent(path) for path in paths()}
+    able = [path for path, reason in reasons.items() if not reason]
+    return (able[-1], "") if able else ("", next(iter(reasons.values())))
+
+
+def why_not() -> str:
+    """Why no path can run here; empty when one can."""
+    return chosen()[1]
+
+
+@cache
+def load(path: str) -> ctypes.CDLL:
+    """The library of a path. Raises UnsupportedError with the reason where it cannot run."""
+    reason = absent(path)
+    if reason:
+        raise UnsupportedError(reason, where=f"cpu kernels, path {path!r}")
+    library = ctypes.CDLL(str(file_of(path)))
+    library.moerunner_experts.argtypes = [ctypes.POINTER(Call)]
+    library.moerunner_kept.restype = ctypes.c_int64
+    return library
+
+
+@cache
+def torch_threads() -> int | None:
+    """Address of what starts the threads of PyTorch's own OpenMP pool, where it has one that can be used."""
+    fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if fork is None else ctypes.cast(fork, ctypes.c_void_p).value

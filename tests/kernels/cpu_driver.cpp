@@ -1,0 +1,154 @@
+// Runs the experts' kernels on random small layers and holds them against plain loops in double. Compiled with sanitizers, which
+// see every read beside a tensor: each tensor is its own allocation, of exactly its size, at an address that is not aligned.
+//
+//     driver SEED LAYERS      exits with 1 after a line for each layer that is wrong
+
+#include "../../src/moerunner/kernels/cpu/experts.cpp"
+
+#include <math.h>
+#include <stdio.h>
+
+#include <random>
+#include <vector>
+
+static std::mt19937 engine;
+
+static int pick_number(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine); }
+static double normal() { return std::normal_distribution<double>()(engine); }
+static bool coin() { return pick_number(0, 1); }
+
+// Numbers of one dtype, and the values that they stand for.
+struct Numbers {
+    std::vector<double> value;
+    char* memory = nullptr;
+    char* at = nullptr;
+
+    Numbers(long count, int dtype, double scale) : value(count) {
+        const size_t size = dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2, shift = dtype == FLOAT32 ? 4 : size;
+        memory = (char*)malloc(count * size + shift);
+        at = memory + shift;
+        for (long i = 0; i < count; ++i) set(i, dtype, normal() * scale);
+    }
+    Numbers(const Numbers&) = delete;
+    ~Numbers() { free(memory); }
+
+    void set(long i, int dtype, double x) {
+        float f = (float)x;
+        uint32_t u;
+        memcpy(&u, &f, 4);
+        if (dtype == BFLOAT16) {
+            uint16_t h = (uint16_t)(u >> 16);
+            memcpy(at + 2 * i, &h, 2);
+            u &= 0xffff0000u;
+            memcpy(&f, &u, 4);
+        } else if (dtype == FLOAT16) {  // cut to 10 bits; far too small ones to zero
+            int exponent = (int)(u >> 23 & 255) - 127 + 15;
+            uint16_t h = (uint16_t)(u >> 16 & 0x8000);
+            if (exponent > 0 && exponent < 31)
+                h |= (uint16_t)(exponent << 10 | (u >> 13 & 0x3ff)), u &= 0xffffe000u;
+            else
+                u = 0;
+            memcpy(at + 2 * i, &h, 2);
+            memcpy(&f, &u, 4);
+        } else if (dtype == INT8) {
+            int8_t q = (int8_t)fmax(-127, fmin(127, x * 40));
+            memcpy(at + i, &q, 1);
+            f = q;
+        } else {
+            memcpy(at + 4 * i, &f, 4);
+        }
+        value[i] = f;
+    }
+};
+
+static double nonlinear(const Call& c, double g) {
+    double head = c.gate_softcap ? c.gate_softcap * tanh(g / c.gate_softcap) : g;
+    switch (c.kind) {
+        case SILU: return head / (1 + exp(-c.alpha * g));
+        case GELU: return 0.5 * g * (1 + erf(g * sqrt(0.5)));
+        case GELU_TANH: return 0.5 * g * (1 + tanh(sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+        case RELU: return fmax(g, 0);
+        default: return fmax(g, 0) * fmax(g, 0);
+    }
+}
+
+static bool layer(int number) {
+    Call c = {};
+    const int dtypes[] = {FLOAT32, BFLOAT16, FLOAT16};
+    c.x_dtype = dtypes[pick_number(0, 2)];
+    c.w_dtype = coin() ? c.x_dtype : coin() ? INT8 : c.x_dtype;
+    c.tokens = coin() ? pick_number(1, 5) : pick_number(6, 90);
+    c.experts = pick_number(1, 6), c.top_k = pick_number(1, 4);
+    c.hidden = coin() ? pick_number(1, 70) : pick_number(71, 2100), c.inter = coin() ? pick_number(1, 60) : pick_number(61, 130);
+    if (c.hidden > 200 && c.tokens > 20) c.tokens = 20;
+    c.layout = pick_number(0, 2), c.kind = pick_number(0, 4), c.per_slot = coin(), c.rows = coin();
+    c.alpha = c.kind == SILU && coin() ? 1.7 : 1, c.beta = coin() ? 0.5 : 0, c.limit = coin() ? 0.9 : INFINITY;
+    c.gate_softcap = c.kind == SILU && coin() ? 1.2 : 0, c.up_softcap = coin() ? 1.1 : 0, c.clamp_after = coin();
+    c.threads = pick_number(1, 3);
+    const long w13_rows = c.layout == UNGATED ? c.inter : 2 * c.inter, slots = c.tokens * c.top_k;
+    const bool across = coin();
+    c.x_step = c.hidden + pick_number(0, 3);
+    c.w13_column = across ? w13_rows : 1, c.w13_row = across ? 1 : c.hidden, c.w13_expert = w13_rows * c.hidden;
+    c.w2_column = across ? c.hidden : 1, c.w2_row = across ? 1 : c.inter, c.w2_expert = c.hidden * c.inter;
+    const long x_rows = c.per_slot ? slots : c.tokens;
+    Numbers x((x_rows - 1) * c.x_step + c.hidden, (int)c.x_dtype, 1);
+    Numbers w13(c.experts * w13_rows * c.hidden, (int)c.w_dtype, 1 / sqrt(c.hidden)), w2(c.experts * c.hidden * c.inter, (int)c.w_dtype, 1 / sqrt(c.inter));
+    Numbers b13(c.experts * w13_rows, (int)c.x_dtype, 0.5), b2(c.experts * c.hidden, (int)c.x_dtype, 0.5);
+    Numbers s13(c.experts * w13_rows, FLOAT32, 0.1), s2(c.experts * c.hidden, FLOAT32, 0.1);
+    Numbers weights(slots, FLOAT32, 1), out((c.rows ? slots : c.tokens) * c.hidden, FLOAT32, NAN);
+    std::vector<int64_t> ids(slots);
+    for (int64_t& id : ids) id = pick_number(-1, (int)c.experts);  // experts itself is none of them
+    const bool bias = coin(), scaled = c.w_dtype == INT8;
+    c.x = x.at, c.ids = ids.data(), c.weights = coin() ? (float*)weights.at : nullptr, c.w13 = w13.at, c.w2 = w2.at;
+    if (bias) c.b13 = b13.at, c.b2 = b2.at;
+    if (scaled) c.w13_scale = (float*)s13.at, c.w2_scale = (float*)s2.at;
+    c.out = (float*)out.at;
+    if (moerunner_experts(&c)) return false;
+
+    std::vector<double> exact(out.value.size(), 0.0), h(c.inter);
+    for (long s = 0; s < slots; ++s) {
+        const long e = ids[s], t = s / c.top_k;
+        if (e < 0 || e >= c.experts) continue;
+        auto product = [&](long row) {
+            double sum = 0;
+            for (long k = 0; k < c.hidden; ++k)
+                sum += w13.value[e * c.w13_expert + row * c.w13_row + k * c.w13_column] * x.value[(c.per_slot ? s : t) * c.x_step + k];
+            const long r = e * w13_rows + row;
+            return sum * (scaled ? s13.value[r] : 1) + (bias ? b13.value[r] : 0);
+        };
+        for (long i = 0; i < c.inter; ++i) {
+            double g = product(c.layout == INTERLEAVED ? 2 * i : i);
+            h[i] = c.clamp_after ? fmin(nonlinear(c, g), c.limit) : nonlinear(c, fmin(g, c.limit));
+            if (c.layout == UNGATED) continue;
+            double u = fmax(fmin(product(c.layout == INTERLEAVED ? 2 * i + 1 : c.inter + i), c.limit), -c.limit);
+            h[i] *= (c.up_softcap ? c.up_softcap * tanh(u / c.up_softcap) : u) + c.beta;
+        }
+        for (long n = 0; n < c.hidden; ++n) {
+            double sum = 0;
+            for (long i = 0; i < c.inter; ++i) sum += w2.value[e * c.w2_expert + n * c.w2_row + i * c.w2_column] * h[i];
+            sum = sum * (scaled ? s2.value[e * c.hidden + n] : 1) + (bias ? b2.value[e * c.hidden + n] : 0);
+            exact[(c.rows ? s : t) * c.hidden + n] += sum * (c.weights && !c.rows ? weights.value[s] : 1);
+        }
+    }
+    double error = 0, largest = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+        const double difference = fabs(c.out[i] - exact[i]);
+        error = difference <= error ? error : difference;  // NaN stays
+        largest = fmax(largest, fabs(exact[i]));
+    }
+    const double allowed = c.w_dtype == BFLOAT16 ? 2e-2 : 2e-5;  // the middle is bfloat16 where pairs are multiplied
+    if (error <= allowed * largest + 1e-30) return true;
+    printf("layer %d: x %d, weights %d, %ld tokens, top %ld of %ld, %ld x %ld, layout %ld, kind %ld, across %d: error %g of %g\n", number,
+           (int)c.x_dtype, (int)c.w_dtype, (long)c.tokens, (long)c.top_k, (long)c.experts, (long)c.hidden, (long)c.inter,
+           (long)c.layout, (long)c.kind, across, error, largest);
+    return false;
+}
+
+int main(int count, char** arguments) {
+    engine.seed((unsigned)(count > 1 ? atoi(arguments[1]) : 0));
+    const int layers = count > 2 ? atoi(arguments[2]) : 100;
+    bool right = true;
+    for (int i = 0; i < layers; ++i) right = layer(i) && right;
+    moerunner_release();
+    return right && !moerunner_kept() ? 0 : 1;
+}
