@@ -30,7 +30,12 @@ def collect() -> dict[str, Any]:
         "versions": {"moerunner": moerunner.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
         "system": {"os": platform.system(), "release": platform.release(), "machine": platform.machine()},
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernels": library.chosen()[0]},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "kernels": library.chosen()[0],
+        },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "device": device,

@@ -16,7 +16,9 @@ def run(json: JsonOption = False, debug: DebugOption = False) -> Answer:
     screen.table(["package", "version"], [[n, v or "not installed"] for n, v in facts["versions"].items()], numbers=False)
     screen.say()
     screen.say(f"system  {system['os']} {system['release']} {system['machine']}")
-    screen.say(f"cpu     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads in torch, kernels: {cpu['kernels'] or 'none'}")
+    screen.say(
+        f"cpu     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads in torch, kernels: {cpu['kernels'] or 'none'}"
+    )
     for gpu in facts["gpus"]:
         screen.say(f"gpu     {gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}")
     if not facts["gpus"]:
