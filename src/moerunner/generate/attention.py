@@ -1,7 +1,7 @@
 """Attention of one token over a static cache, for a Transformers that copies keys and values once for every query head.
 
-Under a mask, and a static cache always has one, releases before 5.20 repeat the keys and values of each group of heads in
-memory. Heads of a group read the same keys: seen as queries of one head they need no copy. Later releases do so themselves.
+Under a mask, and a static cache always has one, older releases repeat the keys and values of each group of heads in memory.
+Heads of a group read the same keys: seen as queries of one head they need no copy. Later releases do so themselves.
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class Step:
         self._graph: Any = None
         self._logits = torch.empty(0)
 
+    def capture(self) -> None:
+        """From the next step on, a graph."""
+        self._wanted = True
+
     def __call__(self, tokens: Tensor) -> Tensor:
         self._ids.copy_(tokens[:, None])
         if self._graph is not None:

@@ -130,7 +130,8 @@ def generate(
         seed = int(_of_rank_0(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
     if seed is not None:
         torch.manual_seed(seed)
-    config = _config(model, {**how, "max_new_tokens": max_new_tokens, "pad_token_id": pad, "stop_strings": stops or None})
+    how = {"pad_token_id": pad, **how, "max_new_tokens": max_new_tokens, "stop_strings": stops or None}
+    config = _config(model, how)
     rows = Rows(tokenizer, len(input_ids), _ends(config), stops, stream, several=several)
     if same_on_all_ranks:
         how["logits_processor"] = [lambda _, scores: _of_rank_0(scores)]
@@ -148,13 +149,10 @@ def generate(
             sequences = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                stop_strings=stops or None,
                 tokenizer=tokenizer,
                 **how,
             )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         if rows.began or (loop is not None and loop.began):
             raise
         raise SpecError(f"Transformers refuses: {error}", where="generate") from error
