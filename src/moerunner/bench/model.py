@@ -28,6 +28,7 @@ from moerunner.generate.decode import Unfit, static_cache
 from moerunner.generate.graph import Step
 from moerunner.models import load, patch, unpatch
 from moerunner.models.prepare import sites, spec_of
+from moerunner.spec import MoESpec
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
@@ -183,15 +184,13 @@ def _decode(model: Any, batch: int, context: int, shares: bool) -> dict[str, Any
     python, graph, note = _step(model, batch, context)
     row: dict[str, Any] = {"python": python, "graph": graph, "note": note}
     if shares:
-        best = 1 if graph is not None else 0
-        whole = (python, graph)[best]
-        share: dict[str, float] = {}
+        whole, share = python if graph is None else graph, {}
         for part in _PARTS:
             with without(model, part):
-                less = _step(model, batch, context)[best]
-            share[part] = whole - less if less is not None else float("nan")
+                less = _step(model, batch, context)
+            share[part] = whole - (less[0] if less[1] is None else less[1])
         share["head"] = _head(model, batch)
-        row["share"] = share | {"rest": whole - sum(share.values()), "launch": python - graph if graph is not None else 0.0}
+        row["share"] = share | {"rest": whole - sum(share.values()), "launch": python - whole}
     return row
 
 
@@ -293,17 +292,18 @@ def floor(model: Any, size: int, what: str, peaks: Peaks | None, context: int) -
     if peaks is None:
         return None
     rows, tokens = (size, size) if what == "decode" else (1, size)
-    blocks = [(site, spec_of(site)) for site in sites(model) if site.family is not None]
-    experts = sum(3 * s.num_experts * s.experts.intermediate_size * s.hidden_size for _, s in blocks)
-    hit = sum(
-        3 * s.num_experts * (1 - (1 - s.top_k / s.num_experts) ** tokens) * s.experts.intermediate_size * s.hidden_size
-        for _, s in blocks
-    )
-    at_work = sum(3 * s.top_k * s.experts.intermediate_size * s.hidden_size for _, s in blocks)
+    specs = [spec_of(site)[2] for site in sites(model) if site.family is not None]
+
+    def weights(of: Callable[[MoESpec], float]) -> float:
+        """Numbers in so many experts of every block."""
+        return sum((2 + s.experts.gated) * of(s) * _width(s) * s.hidden_size for s in specs)
+
+    experts = weights(lambda s: s.num_experts)
+    hit = weights(lambda s: s.num_experts * (1 - (1 - s.top_k / s.num_experts) ** tokens))
+    at_work = weights(lambda s: s.top_k)
     head = model.get_output_embeddings().weight
     table = model.get_input_embeddings().weight
-    every = sum(p.numel() for p in model.parameters()) - experts
-    dense = every - (0 if table is head else table.numel())
+    dense = sum(p.numel() for p in model.parameters()) - experts - (0 if table is head else table.numel())
     text = model.config.get_text_config()
     width = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     heads = text.num_attention_heads / text.num_key_value_heads * width
@@ -312,6 +312,12 @@ def floor(model: Any, size: int, what: str, peaks: Peaks | None, context: int) -
     flops = 2 * tokens * (dense - head.numel() + at_work) + 2 * rows * head.numel() + 4 * text.num_hidden_layers * heads * seen
     itemsize = head.dtype.itemsize
     return max((dense + hit + cached) * itemsize / peaks.bytes_per_second, flops / peaks.flops)
+
+
+def _width(spec: MoESpec) -> float:
+    """The mean intermediate size of an expert."""
+    size = spec.experts.intermediate_size
+    return statistics.mean(size) if isinstance(size, tuple) else size
 
 
 def plot(found: dict[str, Any], path: str | Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_NAME = "moerunner_sdpa"
+NAME = "moerunner_sdpa"
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def without_copies(model: nn.Module) -> Iterator[None]:
         _register()
     try:
         for config in configs.values():
-            config._attn_implementation_internal = _NAME
+            config._attn_implementation_internal = NAME
         yield
     finally:
         for config in configs.values():
@@ -72,5 +72,5 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

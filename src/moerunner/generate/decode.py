@@ -58,11 +58,11 @@ class Loop:
 
     why_not: why the decode step is not to be put into a CUDA graph; None: on this device there is none. put: is told each new
     token of every row, [B], on the host, as soon as it is there. captured: whether the step was put into a graph; note: why
-    not. began: whether it was called.
+    not.
     """
 
     def __init__(self, why_not: str | None, put: Callable[[Tensor], None]) -> None:
-        self._put, self.note, self.captured, self.began = put, why_not or "", False, False
+        self._put, self.note, self.captured = put, why_not or "", False
         self._capture = why_not == ""
 
     def __call__(
@@ -75,7 +75,6 @@ class Loop:
         tokenizer: Any = None,  # named here, so that Transformers passes it on to the stop strings
         **model_kwargs: Any,
     ) -> Tensor:
-        self.began = True
         rows, length = input_ids.shape
         end = generation_config.max_length
         pad = generation_config._pad_token_tensor

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _BESIDE = 8  # tokens more than a stop text has characters: some are no character of their own
@@ -14,8 +15,8 @@ _BESIDE = 8  # tokens more than a stop text has characters: some are no characte
 class Rows:
     """Collects the tokens of every row; Transformers' loop calls it as its streamer.
 
-    ends: tokens that end a row. stops: texts that do. stream: called with each piece of a row's text, after the row's number
-    if there are several prompts.
+    ends: tokens that end a row. stops: texts that do. stream: called with each piece of a row's text; if there are several
+    prompts with the row's number and the piece, and with an empty piece when the row ends.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Rows:
         several: bool,
     ) -> None:
         self.began, self.first_token, self._any = False, 0.0, False
-        self._rows = [_Row(tokenizer, ends, stops, _pieces(stream, i if several else None)) for i in range(count)]
+        self._rows = [_Row(tokenizer, ends, stops, _stream_of(tokenizer, stream, i if several else None)) for i in range(count)]
 
     def put(self, tokens: Tensor) -> None:
         """The next token of every row, [B]; Transformers puts the prompts first, [B, T]."""
@@ -62,18 +63,18 @@ class Rows:
 
 
 class _Row:
-    def __init__(self, tokenizer: Any, ends: set[int], stops: Sequence[str], stream: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: Any, ends: set[int], stops: Sequence[str], stream: Any) -> None:
         self.tokens: list[int] = []
         self._tokenizer, self._ends, self._stops, self._done = tokenizer, ends, stops, False
         self._tail = max((len(text) for text in stops), default=0) + _BESIDE
-        self._stream = _streamer(tokenizer, stream) if tokenizer is not None and stream is not None else None
+        self._stream = stream
 
     def add(self, token: int) -> None:
         if self._done:
             return
         self.tokens.append(token)
         if self._stream is not None:
-            self._stream.put_token(token)
+            self._stream.put(torch.tensor([token]))
         if token in self._ends or (self._stops and self._stopped()):
             self.end()
 
@@ -90,24 +91,21 @@ class _Row:
         return any(stop in tail for stop in self._stops)
 
 
-def _pieces(stream: Callable[..., None] | None, row: int | None) -> Callable[[str], None] | None:
-    if stream is None or row is None:
-        return stream
-    return lambda text: stream(row, text)
-
-
-def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
-    import torch
+def _stream_of(tokenizer: Any, stream: Callable[..., None] | None, row: int | None) -> Any:
+    """Transformers' text streamer with a callback instead of print; row: its number, where there are several."""
+    if tokenizer is None or stream is None:
+        return None
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Transformers' text streamer with a callback instead of print."""
-
-        def put_token(self, token: int) -> None:
-            self.put(torch.tensor([token]))
-
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if row is None:
+                if text:
+                    stream(text)
+                return
             if text:
-                stream(text)
+                stream(row, text)
+            if stream_end:
+                stream(row, "")
 
     return Streamer(tokenizer, skip_special_tokens=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import SpecError, UnsupportedError
-from moerunner.generate.attention import without_copies
+from moerunner.generate.attention import NAME, without_copies
 from moerunner.generate.decode import Loop, Unfit, static_cache
 from moerunner.generate.rows import Rows
 
@@ -95,7 +95,7 @@ def generate(
         chat: a text is the message of a user, put into the tokenizer's chat template.
         prefill_chunk: so many tokens of the prompts go through the model at once; None: all. Less memory, the same result.
         stream: called with each piece of text as soon as its words are complete; for a list of prompts with the prompt's place
-            in the list and the piece.
+            in the list and the piece, and with an empty piece when that text ends.
         same_on_all_ranks: every rank of the process group calls this with the same prompt, and rank 0 decides: its scores of
             each token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
         sampling: anything else that a GenerationConfig has and that chooses tokens: top_k, top_p, min_p, repetition_penalty,
@@ -118,13 +118,12 @@ def generate(
     if tokenizer is None and (stops or input_ids is None):
         raise SpecError("is needed for texts", where="tokenizer")
     several = input_ids is not None or not (isinstance(prompt, str) or _is_chat(prompt))
+    pad = _pad(model, tokenizer)
     if input_ids is None:
-        texts = list(prompt) if several else [prompt]  # pyright: ignore[reportArgumentType] - it is not None here
-        pad = _pad(model, tokenizer)
-        input_ids, attention_mask = _padded([_tokens(tokenizer, text, chat) for text in texts], pad)
-    else:
-        pad = _pad(model, tokenizer)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts: list[Any] = list(prompt or ()) if several else [prompt]
+        input_ids, attention_mask = _padded([_tokens(tokenizer, one, chat) for one in prompts], pad)
+    elif attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     _check_length(model, input_ids, max_new_tokens)
     if same_on_all_ranks and how["do_sample"]:
         seed = int(_of_rank_0(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
@@ -135,27 +134,23 @@ def generate(
     rows = Rows(tokenizer, len(input_ids), _ends(config), stops, stream, several=several)
     if same_on_all_ranks:
         how["logits_processor"] = [lambda _, scores: _of_rank_0(scores)]
+    assert attention_mask is not None
+    ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
     start = time.perf_counter()
-    try:
-        loop: Loop | None = Loop(_why_not(model), rows.put)
-        how |= {"custom_generate": loop, "past_key_values": _cache(model, config, input_ids.shape[1] + max_new_tokens)}
-        how |= {"prefill_chunk_size": prefill_chunk, "disable_compile": True, "cache_implementation": None}
-        note = ""
-    except Unfit as reason:
-        loop, note = None, f"Transformers' own loop: {reason}"
-        how |= {"streamer": rows if config.num_beams == 1 else None}
-    try:
-        with without_copies(model):
-            sequences = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                tokenizer=tokenizer,
-                **how,
-            )
-    except ValueError as error:
-        if rows.began or (loop is not None and loop.began):
-            raise
-        raise SpecError(f"Transformers refuses: {error}", where="generate") from error
+    with without_copies(model):
+        try:
+            loop = Loop(_why_not(model), rows.put)
+            sequences = _by_our_loop(model, loop, config, rows, ids, mask, prefill_chunk, {"tokenizer": tokenizer, **how})
+            decode, note = "CUDA graph" if loop.captured else "Python", loop.note
+        except Unfit as reason:
+            decode, note = "Transformers", f"Transformers' own loop: {reason}"
+            how["streamer"] = rows if config.num_beams == 1 else None
+            try:
+                sequences = model.generate(input_ids=ids, attention_mask=mask, tokenizer=tokenizer, **how)
+            except ValueError as error:
+                if rows.began:
+                    raise
+                raise SpecError(f"Transformers refuses: {error}", where="generate") from error
     seconds = time.perf_counter() - start
     rows.finish(sequences[:, input_ids.shape[1] :])
     first, new = rows.first_token - start, rows.new_tokens
@@ -167,8 +162,8 @@ def generate(
         first_token_seconds=first,
         tokens_per_second=rest / (seconds - first) if rest > 0 else new / seconds,
         seconds=seconds,
-        decode="Transformers" if loop is None else "CUDA graph" if loop.captured else "Python",
-        note=note if loop is None else loop.note,
+        decode=decode,
+        note=note,
         sequences=sequences,
     )
 
@@ -214,15 +209,29 @@ def _config(model: Any, how: Mapping[str, Any]) -> Any:
     return config
 
 
-def _cache(model: Any, config: Any, places: int) -> Any:
-    """The static cache, if the loop here can do what the config asks for."""
-    mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
+def _by_our_loop(
+    model: Any, loop: Loop, config: Any, rows: Rows, ids: Tensor, mask: Tensor, prefill_chunk: int | None, how: dict[str, Any]
+) -> Tensor:
+    """`model.generate` with a static cache and our loop.
+
+    Raises:
+        Unfit: the model or the config asks for what these cannot, or Transformers' code fails with such a cache before a token.
+    """
+    mode = config.get_generation_mode()
     if mode not in ("greedy_search", "sample"):
-        raise Unfit(f"{mode.replace('_', ' ')} is its own")
+        raise Unfit(f"{str(mode.value).replace('_', ' ')} is its own")
     attention = str(model.config._attn_implementation)
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", NAME):
         raise Unfit(f"the attention is {attention}")
-    return static_cache(model, places)
+    cache = static_cache(model, config.max_new_tokens + ids.shape[1])
+    ours = {"custom_generate": loop, "past_key_values": cache, "cache_implementation": None}
+    ours |= {"prefill_chunk_size": prefill_chunk, "disable_compile": True}
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask, **ours, **how)
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
+        if rows.began:
+            raise
+        raise Unfit(f"it fails with a static cache ({type(error).__name__}: {error})") from error
 
 
 def _why_not(model: Any) -> str | None:
