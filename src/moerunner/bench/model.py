@@ -26,6 +26,7 @@ from moerunner.errors import SpecError, UnsupportedError
 from moerunner.generate.attention import without_copies
 from moerunner.generate.decode import Unfit, static_cache
 from moerunner.generate.graph import Step
+from moerunner.generate.norms import one_launch
 from moerunner.models import load, patch, unpatch
 from moerunner.models.prepare import sites, spec_of
 from moerunner.spec import MoESpec
@@ -53,8 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Shapes of well-known models by name; anything else is given as a config or a folder."""
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "moerunner")
-"""Transformers' own, by the names of its `experts_implementation`, and the patched model."""
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "patched", "generate")
+"""Transformers' own, by the names of its `experts_implementation`; the patched model; and as `moerunner.generate` runs that."""
 
 _WARM, _STEPS, _REPLAYS, _PREFILLS = 2, 8, 24, 4
 _PARTS = ("moe", "attention")
@@ -107,7 +108,7 @@ def measure(
         "decode": [],
         "prefill": [],
     }
-    with torch.no_grad(), without_copies(model):
+    with torch.no_grad():
         for name in chosen:
             try:
                 ready = _implementation(model, name)
@@ -153,19 +154,23 @@ def build(config_or_path: Any, *, layers: int | None, dtype: torch.dtype, device
 def _as(model: Any, name: str) -> Iterator[None]:
     before = model.config._experts_implementation
     try:
-        if name == "moerunner":
+        if name in ("patched", "generate"):
             patch(model)
         else:
             unpatch(model)
             model.set_experts_implementation(name)
-        yield
+        if name == "generate":
+            with without_copies(model), one_launch(model):
+                yield
+        else:
+            yield
     finally:
         unpatch(model)
         model.set_experts_implementation(before)
 
 
 def _implementation(model: Any, name: str) -> Any:
-    if name != "moerunner" and not hasattr(model, "set_experts_implementation"):
+    if name not in ("patched", "generate") and not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(f"this Transformers has no implementation {name}", where=type(model).__name__)
     return _as(model, name)
 

@@ -72,7 +72,6 @@ class Loop:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        tokenizer: Any = None,  # named here, so that Transformers passes it on to the stop strings
         **model_kwargs: Any,
     ) -> Tensor:
         rows, length = input_ids.shape

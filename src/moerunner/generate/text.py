@@ -14,6 +14,7 @@ from torch import Tensor
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.generate.attention import NAME, without_copies
 from moerunner.generate.decode import Loop, Unfit, static_cache
+from moerunner.generate.norms import one_launch
 from moerunner.generate.rows import Rows
 
 Chat = Sequence[Mapping[str, Any]]
@@ -83,8 +84,9 @@ def generate(
 ) -> Generated:
     """Continues prompts, greedily, or by sampling if a temperature above 0 is given.
 
-    The tokens are those of `model.generate`. Keys and values are kept in a static cache, and on a GPU the decode step is one
-    CUDA graph. A model for which that cannot be runs as Transformers runs it, and `Generated.note` says why.
+    The tokens are those of `model.generate`. Keys and values are kept in a static cache; on a GPU the decode step is one CUDA
+    graph, and RMS norms are kernels that round where the model's own do. A model for which that cannot be runs as
+    Transformers runs it, and `Generated.note` says why.
 
     Args:
         model: a Transformers model, patched or not. tokenizer: its tokenizer; None with `input_ids` and without `stop`.
@@ -129,24 +131,26 @@ def generate(
         seed = int(_of_rank_0(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
     if seed is not None:
         torch.manual_seed(seed)
-    how = {"pad_token_id": pad, **how, "max_new_tokens": max_new_tokens, "stop_strings": stops or None}
+    how = {"pad_token_id": pad, **how, "max_new_tokens": max_new_tokens}
     config = _config(model, how)
     rows = Rows(tokenizer, len(input_ids), _ends(config), stops, stream, several=several)
+    if stops:
+        how["stopping_criteria"] = [_stop(tokenizer, stops)]
     if same_on_all_ranks:
         how["logits_processor"] = [lambda _, scores: _of_rank_0(scores)]
     assert attention_mask is not None
     ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
     start = time.perf_counter()
-    with without_copies(model):
+    with without_copies(model), one_launch(model):
         try:
             loop = Loop(_why_not(model), rows.put)
-            sequences = _by_our_loop(model, loop, config, rows, ids, mask, prefill_chunk, {"tokenizer": tokenizer, **how})
+            sequences = _by_our_loop(model, loop, config, rows, ids, mask, prefill_chunk, how)
             decode, note = "CUDA graph" if loop.captured else "Python", loop.note
         except Unfit as reason:
             decode, note = "Transformers", f"Transformers' own loop: {reason}"
             how["streamer"] = rows if config.num_beams == 1 else None
             try:
-                sequences = model.generate(input_ids=ids, attention_mask=mask, tokenizer=tokenizer, **how)
+                sequences = model.generate(input_ids=ids, attention_mask=mask, **how)
             except ValueError as error:
                 if rows.began:
                     raise
@@ -243,6 +247,17 @@ def _why_not(model: Any) -> str | None:
     if len(set(map(str, getattr(model, "hf_device_map", {}).values()))) > 1:
         return "the model lies on several devices"
     return ""
+
+
+def _stop(tokenizer: Any, stops: list[str]) -> Any:
+    """Transformers' criterion for texts, made here: to a loop that is not its own, `generate` passes no tokenizer."""
+    from transformers import StopStringCriteria
+
+    try:
+        return StopStringCriteria(tokenizer, stops)
+    except ValueError as error:
+        what = "its tokens are no text that Transformers could look for a stop in"
+        raise UnsupportedError(what, where="the tokenizer", next_step="Leave out stop") from error
 
 
 def _is_chat(prompt: Any) -> bool:
