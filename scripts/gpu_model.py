@@ -28,10 +28,10 @@ import transformers
 import moerunner
 from moerunner.bench import model as bench
 from moerunner.bench.__main__ import environment
-from moerunner.generate.attention import without_copies
-from moerunner.generate.decode import static_cache
-from moerunner.generate.graph import Step
-from moerunner.generate.norms import one_launch
+from moerunner.models.decoding.attention import without_copies
+from moerunner.models.decoding.cache import static_cache
+from moerunner.models.decoding.norms import one_launch
+from moerunner.models.decoding.step import Step
 from moerunner.verify import tiny_model
 
 NAME = "qwen3-30b-a3b"

@@ -162,7 +162,7 @@ def test_a_failure_of_the_static_cache_before_the_first_token_is_said(model, tok
     def refuses(*_, **__):
         raise TypeError("no such argument")
 
-    monkeypatch.setattr("moerunner.generate.decode.Step.__init__", refuses)
+    monkeypatch.setattr("moerunner.generate.loop.Step.__init__", refuses)
     made = generate(model, tokenizer, PROMPT, max_new_tokens=5)
     assert made.decode == "Transformers"
     assert "no such argument" in made.note
@@ -268,7 +268,7 @@ def captured_on_a_cpu(monkeypatch, change=lambda out: out):
         made.append(graph)
         return graph, graph.out
 
-    monkeypatch.setattr("moerunner.generate.graph.recorded", recorded)
+    monkeypatch.setattr("moerunner.models.decoding.step.recorded", recorded)
     monkeypatch.setattr("moerunner.generate.text._why_not", lambda model: "")
     return made
 
@@ -302,7 +302,7 @@ def test_a_step_that_cannot_be_captured_is_said(model, tokenizer, monkeypatch):
 
     expected = generate(model, tokenizer, PROMPT, max_new_tokens=10)
     captured_on_a_cpu(monkeypatch)
-    monkeypatch.setattr("moerunner.generate.graph.recorded", recorded)
+    monkeypatch.setattr("moerunner.models.decoding.step.recorded", recorded)
     made = generate(model, tokenizer, PROMPT, max_new_tokens=10)
     assert made.text == expected.text
     assert made.note == "the step cannot be captured: operation not permitted when stream is capturing"
@@ -324,7 +324,7 @@ def test_a_single_token_attends_without_copies_of_keys():
     """Where Transformers itself repeats keys; against its own function."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from moerunner.generate.attention import attend
+    from moerunner.models.decoding.attention import attend
 
     query, key, value = torch.randn(2, 8, 1, 16), torch.randn(2, 2, 24, 16), torch.randn(2, 2, 24, 12)
     mask = torch.rand(2, 1, 1, 24) < 0.7

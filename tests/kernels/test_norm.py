@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("triton")
 
-from moerunner.generate import norms  # noqa: E402
+from moerunner.models.decoding import norms  # noqa: E402
 from moerunner.verify import tiny_model  # noqa: E402
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from moerunner.bench.shapes import Peaks, peaks_of
 from moerunner.errors import SpecError, UnsupportedError
-from moerunner.generate.attention import without_copies
-from moerunner.generate.decode import Unfit, static_cache
-from moerunner.generate.graph import Step
-from moerunner.generate.norms import one_launch
 from moerunner.models import load, patch, unpatch
+from moerunner.models.decoding.attention import without_copies
+from moerunner.models.decoding.cache import Unfit, static_cache
+from moerunner.models.decoding.norms import one_launch
+from moerunner.models.decoding.step import Step
 from moerunner.models.prepare import sites, spec_of
 from moerunner.spec import MoESpec
 

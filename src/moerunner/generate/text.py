@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import SpecError, UnsupportedError
-from moerunner.generate.attention import NAME, without_copies
-from moerunner.generate.decode import Loop, Unfit, static_cache
-from moerunner.generate.norms import one_launch
+from moerunner.generate.loop import Loop
 from moerunner.generate.rows import Rows
+from moerunner.models.decoding.attention import NAME, without_copies
+from moerunner.models.decoding.cache import Unfit, static_cache
+from moerunner.models.decoding.norms import one_launch
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages, each with a role and a content, as chat templates take them."""
