@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from moerunner.experts import fused_experts
+    from moerunner.generate import Generated, generate
     from moerunner.models import Replaced, Report, Skipped, load, load_weights, patch, unpatch
     from moerunner.parallel import Layout
     from moerunner.plan import Options, Plan, resolve
@@ -49,6 +50,7 @@ __all__ = [
     "DistributedError",
     "ExpertWeights",
     "ExpertsSpec",
+    "Generated",
     "GroupSpec",
     "LayerWeights",
     "Layout",
@@ -72,6 +74,7 @@ __all__ = [
     "UnsupportedError",
     "WeightsError",
     "fused_experts",
+    "generate",
     "load",
     "load_weights",
     "patch",
@@ -82,6 +85,7 @@ __all__ = [
 _HOME = {
     "errors": "CheckpointError DistributedError MoEError PlanError ReferenceWarning SpecError UnsupportedError WeightsError",
     "experts": "fused_experts",
+    "generate": "Generated generate",
     "models": "Replaced Report Skipped load load_weights patch unpatch",
     "parallel": "Layout",
     "plan": "Options Plan resolve",

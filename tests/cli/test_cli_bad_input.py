@@ -219,6 +219,8 @@ def test_a_folder_without_a_tokenizer_of_a_model_for_which_transformers_makes_on
         (["--max-new-tokens", "1k"], ["1000", "512"]),
         (["--top-p", "0.5"], ["top_p"]),
         (["--top-k", "5"], ["top_k"]),
+        (["--set", "no_such_thing=1"], ["no_such_thing"]),
+        (["--prompts", "/no/such/file"], ["/no/such/file"]),
     ],
 )
 def test_generate_with_options_that_cannot_work(cli, saved, args, words):
@@ -315,6 +317,8 @@ def test_a_device_that_is_not_here(cli):
         ["generate", "somewhere"],
         ["generate", "somewhere", "text", "--temperature", "-1"],
         ["generate", "somewhere", "text", "--temperature", "hot"],
+        ["generate", "somewhere", "text", "--set", "top_k"],
+        ["generate", "somewhere", "text", "--prefill-chunk", "0"],
         ["inspect"],
         ["inspect", "somewhere", "--ep", "0"],
         ["inspect", "somewhere", "--tp", "two"],

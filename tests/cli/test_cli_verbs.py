@@ -93,6 +93,26 @@ def test_generate_streams_the_text_and_tells_the_speed_apart(cli, saved):
     assert data["prompt_tokens"] == 6
 
 
+def test_generate_several_prompts_in_turn(cli, saved, tmp_path):
+    def alone(prompt, *args):
+        return parsed(cli("generate", saved, prompt, "--max-new-tokens", 6, "--json", *args))["text"]
+
+    (tmp_path / "prompts.txt").write_text("x = 1\n\nclass A:\n")
+    texts = ["def f(", "x = 1", "class A:"]
+    given = ("generate", saved, "def f(", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 6)
+    outcome = cli(*given)
+    assert outcome.code == 0
+    assert outcome.out == "\n\n".join(text + alone(text) for text in texts) + "\n"
+    assert "18 tokens, " in outcome.err
+    assert "in 3 prompts" in outcome.err
+    options = ("--set", "repetition_penalty=5.0", "--prefill-chunk", 3)
+    data = parsed(cli(*given, "--json", *options))
+    assert data["prompts"] == texts
+    assert data["texts"] == [alone(text, *options) for text in texts]
+    assert data["texts"] != [alone(text) for text in texts]
+    assert (data["decode"], data["note"]) == ("Python", "")
+
+
 def test_generate_says_what_moerunner_did_not_run(cli, saved, tmp_path):
     from moerunner.verify import tiny_model
 

@@ -23,7 +23,7 @@ from moerunner.models.tensorfile import Reader, Stored
 Step = Callable[[int], None]
 Targets = list[tuple[str, Part]]
 Region = tuple[Box, Targets]
-_THREADS, _THREADS_TO_GPU = 8, 4  # measured from the page cache: 8.6 GB/s to memory, 9.4 GB/s to a GPU; one thread 1.5 and 3.9
+_THREADS = 8  # measured from the page cache: 8.6 GB/s to memory, where one reads 1.5
 _LEAST = 128 * 2**10  # bytes: reading less from a row costs as much as the row, as systems read ahead
 _ONE_MODEL = "The config and the weights must be of one and the same model"
 
@@ -58,10 +58,10 @@ class Filling:
         """What is left of parts of whole tensors."""
         return [(n, left) for n, part in parts for left in (self.cuts[n].parts(part) if n in self.cuts else (part,))]
 
-    def write(self, parts: Targets, box: Box, values: Tensor) -> None:
-        """Some values of a source to its places."""
+    def write(self, parts: Targets, box: Box, values: Tensor, *, stays: bool = False) -> None:
+        """Some values of a source to its places. stays: the values stay as they are until a GPU has copied them."""
         for name, part in parts:
-            self.count(name, part.write(self.tensor(name), box, values))
+            self.count(name, part.write(self.tensor(name), box, values, stays=stays))
 
     def memory(self, parts: Targets, box: Box, dtype: torch.dtype) -> Tensor | None:
         """Where the bytes of a box of a source can be read to as they are, if they can."""
@@ -121,7 +121,7 @@ def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored]
                 raise _Stopped
             step(read)
 
-        with Reader(count, pinned=device.type == "cuda") as reader, torch.no_grad():
+        with Reader(count, device if device.type == "cuda" else None) as reader, torch.no_grad():
             while True:
                 with lock:
                     name, what = next(left, ("", None))
@@ -132,7 +132,7 @@ def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored]
                 else:
                     _read(reader, filling, what, stored[name])
 
-    threads = min(_THREADS_TO_GPU if device.type == "cuda" else _THREADS, os.cpu_count() or 1)
+    threads = min(_THREADS, os.cpu_count() or 1)
     total = sum(_bytes(what, stored, name) for name, what in jobs)
     with progress("Loading weights", total) as step, ThreadPoolExecutor(threads) as pool:
         workers = [pool.submit(work, step) for _ in range(threads)]
@@ -142,6 +142,8 @@ def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored]
         except BaseException:  # Ctrl-C too
             stop.set()
             raise
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was copied is there, or its failure is told here
 
 
 def _bytes(what: list[Region] | Group, stored: Mapping[str, Stored], name: str) -> int:
@@ -158,7 +160,7 @@ def _read(reader: Reader, filling: Filling, what: list[Region], source: Stored) 
             filling.count(parts[0][0], memory.numel())
             continue
         for box, values in reader.pieces(source, within):
-            filling.write(parts, box, values)
+            filling.write(parts, box, values, stays=True)
 
 
 class _Stopped(Exception):

@@ -77,8 +77,11 @@ class Part:
             found.append(slice(axis.at + at, axis.at + at + size))
         return tuple(found) if dims == list(range(len(within))) else None
 
-    def write(self, target: Tensor, box: Sequence[slice], values: Tensor) -> int:
-        """Copies those values that lie in this part: `values` are a box of the source. Gives back how many they are."""
+    def write(self, target: Tensor, box: Sequence[slice], values: Tensor, *, stays: bool = False) -> int:
+        """Copies those values that lie in this part: `values` are a box of the source. Gives back how many they are.
+
+        stays: they stay as they are until a GPU has copied them, so nobody waits for that here.
+        """
         take = [slice(None)] * values.ndim
         put: list[int | slice] = []
         order = []
@@ -96,7 +99,7 @@ class Part:
             put.append(slice(axis.at + low, axis.at + high))
             order.append(axis.dim)
         values = values[tuple(take)].permute(order)
-        target[tuple(put)].copy_(values)
+        target[tuple(put)].copy_(values, non_blocking=stays)
         return values.numel()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from moerunner.errors import CheckpointError, UnsupportedError
 
 PIECE = 2 * 2**20  # bytes held while numbers are converted: small enough to stay in a processor's cache
+_STAGED = 4 * 2**20  # bytes of each of the two pieces from which a GPU copies: one is read while the other travels
 _STRIDE = 64 * 2**20  # bytes read in one call
 _LONGEST_HEADER = 100_000_000  # as in the safetensors library
 _AGAIN = "Copy or download the file again"
@@ -112,29 +113,42 @@ def read_header(file: Path) -> list[Stored]:
 
 
 class Reader:
-    """Reads stored tensors; keeps one file open and one piece in memory, which the next piece overwrites.
+    """Reads stored tensors; keeps one file open and a piece in memory, which a later piece overwrites.
 
-    step: is told how many bytes were read, now and then. pinned: the piece lies in page-locked memory, from which a GPU
-    copies faster.
+    step: is told how many bytes were read, now and then. gpu: for it there are two pieces, in page-locked memory; it may still
+    copy one while the other is read, and each is overwritten once what was put on its current stream behind it is done.
     """
 
-    def __init__(self, step: Callable[[int], None], *, pinned: bool = False) -> None:
-        self._step = step
-        self._piece = torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    def __init__(self, step: Callable[[int], None], gpu: torch.device | None = None) -> None:
+        self._step, self._gpu = step, gpu
+        self._size = PIECE if gpu is None else _STAGED
+        pinned, count = gpu is not None, 1 if gpu is None else 2
+        pieces = [torch.empty(self._size, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]
+        self._pieces = [(piece, torch.cuda.Event() if pinned else None) for piece in pieces]
+        self._turn = 0
         self._file: FileIO | None = None
         self._path: Path | None = None
 
     def pieces(self, tensor: Stored, within: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """A box that is contiguous in the file in smaller ones: where in the tensor, and the values, valid until the next."""
+        """A box that is contiguous in the file in smaller ones: where in the tensor, and the values.
+
+        They are valid until the next is asked for; a GPU may read them afterwards, if it was told to before.
+        """
         if tensor.nbytes == 0:
             return
         position = tensor.position(within)
-        for inner in boxes(tuple(side.stop - side.start for side in within), PIECE // tensor.dtype.itemsize):
+        for inner in boxes(tuple(side.stop - side.start for side in within), self._size // tensor.dtype.itemsize):
             shape = [side.stop - side.start for side in inner]
-            values = self._piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
+            piece, copied = self._pieces[self._turn]
+            self._turn = (self._turn + 1) % len(self._pieces)
+            values = piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
+            if copied is not None:
+                copied.synchronize()
             self.read(tensor, position, values)
             pairs = zip(within, inner, strict=True)
             yield tuple(slice(outer.start + side.start, outer.start + side.stop) for outer, side in pairs), values
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(self._gpu))
             position += values.nbytes
 
     def all(self, tensor: Stored) -> Tensor:

@@ -1,0 +1,391 @@
+"""A whole model end to end: a decode step and a prefill by each implementation of its MoE blocks, beside the floor.
+
+python -m moerunner.bench.model qwen3-30b-a3b --layers 12 --json model.json --plot model.png
+
+Random weights of the config are made on the device, unless a folder with weights is given and every layer is wanted. What a
+part of the model costs is the time of the whole less that of the same model in which the part hands its input through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerunner.bench.shapes import Peaks, peaks_of
+from moerunner.errors import SpecError, UnsupportedError
+from moerunner.models import load, patch, unpatch
+from moerunner.models.decoding.attention import without_copies
+from moerunner.models.decoding.cache import Unfit, static_cache
+from moerunner.models.decoding.norms import one_launch
+from moerunner.models.decoding.step import Step
+from moerunner.models.prepare import sites, spec_of
+from moerunner.spec import MoESpec
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+}
+"""Shapes of well-known models by name; anything else is given as a config or a folder."""
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "patched", "generate")
+"""Transformers' own, by the names of its `experts_implementation`; the patched model; and as `moerunner.generate` runs that."""
+
+_WARM, _STEPS, _REPLAYS, _PREFILLS = 2, 8, 24, 4
+_PARTS = ("moe", "attention")
+
+
+def measure(
+    config_or_path: Any,
+    *,
+    layers: int | None = None,
+    batches: Sequence[int] = (1, 32),
+    prompts: Sequence[int] = (2048, 8192),
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
+    implementations: Sequence[str] | None = None,
+    context: int = 128,
+    shares: bool = True,
+    seconds: float = float("inf"),
+) -> dict[str, Any]:
+    """Times of a decode step and of a prefill, in seconds, of one sequence length each; JSON-ready.
+
+    Args:
+        config_or_path: a Transformers config, a folder with a config.json, a name of `MODELS`, or a model that is there.
+        layers: build the first so many layers only. batches: rows of a decode step. prompts: tokens of a prefill, one row.
+        implementations: of `IMPLEMENTATIONS`; None: all. context: tokens in the cache when decoding begins.
+        shares: also measure what MoE blocks, attention and head cost. seconds: begin nothing new after so many.
+
+    Returns:
+        {"model", "layers", "dtype", "device", "context", "decode": [...], "prefill": [...]}. A row of `decode` has batch,
+        implementation, `python` and `graph` (seconds of a step launched from Python and inside a CUDA graph; None where that
+        cannot be, with the reason in `note`), `floor`, and `share`: seconds of moe, attention, head, rest and launch. A row of
+        `prefill` has tokens and `python` in their place.
+
+    Raises:
+        SpecError: an unknown implementation or name.
+    """
+    chosen = tuple(implementations or IMPLEMENTATIONS)
+    unknown = [name for name in chosen if name not in IMPLEMENTATIONS]
+    if unknown:
+        raise SpecError(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", where="implementations")
+    end = time.monotonic() + seconds
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    model = build(config_or_path, layers=layers, dtype=dtype, device=device)
+    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    found: dict[str, Any] = {
+        "model": config_or_path if isinstance(config_or_path, str) else model.config.model_type,
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "context": context,
+        "decode": [],
+        "prefill": [],
+    }
+    with torch.no_grad():
+        for name in chosen:
+            try:
+                ready = _implementation(model, name)
+            except (ValueError, UnsupportedError) as reason:
+                found["decode"].append({"implementation": name, "python": None, "note": str(reason)})
+                continue
+            with ready:
+                for key, sizes, run in (("decode", batches, _decode), ("prefill", prompts, _prefill)):
+                    for size in sizes:
+                        if time.monotonic() < end:
+                            row = _guarded(run, model, size, context, shares)
+                            row["floor"] = floor(model, size, key, peaks, context)
+                            found[key].append({"batch" if key == "decode" else "tokens": size, "implementation": name} | row)
+    return found
+
+
+def build(config_or_path: Any, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(config_or_path, nn.Module):
+        return config_or_path.eval()
+    named = isinstance(config_or_path, str) and config_or_path in MODELS
+    if named:
+        config = AutoConfig.for_model(**MODELS[config_or_path])
+    elif isinstance(config_or_path, str | Path):
+        if layers is None and any(Path(config_or_path).glob("*.safetensors")):
+            return load(config_or_path, dtype=dtype, device=device)
+        config = AutoConfig.from_pretrained(config_or_path, local_files_only=True)
+    else:
+        config = copy.deepcopy(config_or_path)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        for lists in ("layer_types", "mlp_layer_types"):
+            if isinstance(getattr(text, lists, None), list):
+                setattr(text, lists, getattr(text, lists)[:layers])
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@contextmanager
+def _as(model: Any, name: str) -> Iterator[None]:
+    before = model.config._experts_implementation
+    try:
+        if name in ("patched", "generate"):
+            patch(model)
+        else:
+            unpatch(model)
+            model.set_experts_implementation(name)
+        if name == "generate":
+            with without_copies(model), one_launch(model):
+                yield
+        else:
+            yield
+    finally:
+        unpatch(model)
+        model.set_experts_implementation(before)
+
+
+def _implementation(model: Any, name: str) -> Any:
+    if name not in ("patched", "generate") and not hasattr(model, "set_experts_implementation"):
+        raise UnsupportedError(f"this Transformers has no implementation {name}", where=type(model).__name__)
+    return _as(model, name)
+
+
+def _guarded(run: Callable[..., dict[str, Any]], model: Any, *how: Any) -> dict[str, Any]:
+    """A result, or why there is none: one implementation's failure must not hide the others."""
+    try:
+        return run(model, *how)
+    except (RuntimeError, NotImplementedError, Unfit) as error:  # out of memory too
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return {"python": None, "graph": None, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+
+
+def _decode(model: Any, batch: int, context: int, shares: bool) -> dict[str, Any]:
+    python, graph, note = _step(model, batch, context)
+    row: dict[str, Any] = {"python": python, "graph": graph, "note": note}
+    if shares:
+        whole, share = python if graph is None else graph, {}
+        for part in _PARTS:
+            with without(model, part):
+                less = _step(model, batch, context)
+            share[part] = whole - (less[0] if less[1] is None else less[1])
+        share["head"] = _head(model, batch)
+        row["share"] = share | {"rest": whole - sum(share.values()), "launch": python - whole}
+    return row
+
+
+def _step(model: Any, batch: int, context: int) -> tuple[float, float | None, str]:
+    """Seconds of a step from Python and in a graph, and why there is no graph."""
+    cuda = model.device.type == "cuda"
+    steps = _WARM + _STEPS + cuda * (_WARM + _REPLAYS)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (batch, context), device=model.device)
+    given = {"past_key_values": static_cache(model, context + steps), "use_cache": True, "logits_to_keep": 1}
+    model(input_ids=ids, **given)
+    given["position_ids"] = torch.arange(context, device=model.device).expand(batch, -1)
+    tokens = ids[:, -1].clone()
+    step = Step(model, given, batch, context + steps, capture=False)
+    python = _median(lambda: step(tokens), _STEPS)
+    if not cuda:
+        return python, None, ""
+    step.capture()
+    graph = _median(lambda: step(tokens), _REPLAYS)
+    return python, graph if step.captured else None, step.note
+
+
+def _prefill(model: Any, tokens: int, context: int, shares: bool) -> dict[str, Any]:
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), device=model.device)
+
+    def run() -> float:
+        return _median(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), _PREFILLS)
+
+    whole = run()
+    row: dict[str, Any] = {"python": whole, "note": ""}
+    if shares:
+        share: dict[str, float] = {}
+        for part in _PARTS:
+            with without(model, part):
+                share[part] = whole - run()
+        share["head"] = _head(model, 1)
+        row["share"] = share | {"rest": whole - sum(share.values())}
+    return row
+
+
+def _head(model: Any, rows: int) -> float:
+    head = model.get_output_embeddings()
+    x = torch.randn(rows, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
+    return _median(lambda: head(x), _STEPS)
+
+
+def _median(call: Callable[[], object], rounds: int) -> float:
+    """Seconds of a call until its result is there, the median, after two to warm up."""
+    for _ in range(_WARM):
+        call()
+    times = []
+    for _ in range(rounds):
+        _wait()
+        start = time.perf_counter()
+        call()
+        _wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def without(model: nn.Module, part: str) -> Iterator[None]:
+    """Inside, the model's MoE blocks, or its attention, hand their input through."""
+    if part == "moe":
+        blocks = [(site.block, site.family.returns) for site in sites(model) if site.family is not None]
+    else:
+        blocks = [(m, ("hidden", None)) for m in model.modules() if type(m).__name__.endswith("Attention")]
+    before = [(module, module.__dict__.get("forward")) for module, _ in blocks]
+
+    def through(returns: tuple[Any, ...]) -> Callable[..., Any]:
+        def forward(*args: Tensor, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return hidden if returns == ("hidden",) else tuple(hidden if place == "hidden" else None for place in returns)
+
+        return forward
+
+    try:
+        for module, returns in blocks:
+            module.forward = through(returns)
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def floor(model: Any, size: int, what: str, peaks: Peaks | None, context: int) -> float | None:
+    """Seconds below which no implementation can be: max(bytes / bandwidth, operations / rate); None where neither is known.
+
+    Bytes: each weight that is at work, once, of the experts those that uniform routing is expected to hit, and keys and values.
+    Operations: two for each weight at work on a token, and the products of causal attention.
+    """
+    if peaks is None:
+        return None
+    rows, tokens = (size, size) if what == "decode" else (1, size)
+    specs = [spec_of(site)[2] for site in sites(model) if site.family is not None]
+
+    def weights(of: Callable[[MoESpec], float]) -> float:
+        """Numbers in so many experts of every block."""
+        return sum((2 + s.experts.gated) * of(s) * _width(s) * s.hidden_size for s in specs)
+
+    experts = weights(lambda s: s.num_experts)
+    hit = weights(lambda s: s.num_experts * (1 - (1 - s.top_k / s.num_experts) ** tokens))
+    at_work = weights(lambda s: s.top_k)
+    head = model.get_output_embeddings().weight
+    table = model.get_input_embeddings().weight
+    dense = sum(p.numel() for p in model.parameters()) - experts - (0 if table is head else table.numel())
+    text = model.config.get_text_config()
+    width = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    heads = text.num_attention_heads / text.num_key_value_heads * width
+    seen = context * rows if what == "decode" else tokens * tokens / 2
+    cached = 2 * text.num_hidden_layers * width * (context * rows if what == "decode" else tokens)
+    flops = 2 * tokens * (dense - head.numel() + at_work) + 2 * rows * head.numel() + 4 * text.num_hidden_layers * heads * seen
+    itemsize = head.dtype.itemsize
+    return max((dense + hit + cached) * itemsize / peaks.bytes_per_second, flops / peaks.flops)
+
+
+def _width(spec: MoESpec) -> float:
+    """The mean intermediate size of an expert."""
+    size = spec.experts.intermediate_size
+    return statistics.mean(size) if isinstance(size, tuple) else size
+
+
+def plot(found: dict[str, Any], path: str | Path) -> None:
+    """Bars of the shares of every row, with the floor as a line across."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        step = "pip install 'moerunner[plot]'"
+        raise UnsupportedError("matplotlib is not installed", where="plot", next_step=step) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(14, 5))
+    for panel, key, size in ((panels[0], "decode", "batch"), (panels[1], "prefill", "tokens")):
+        rows = [row for row in found[key] if row.get("python") is not None]
+        names = [f"{row['implementation']}\n{row[size]}" for row in rows]
+        bottom = [0.0] * len(rows)
+        for part in ("moe", "attention", "head", "rest", "launch"):
+            heights = [max(0.0, row.get("share", {}).get(part, 0.0)) * 1e3 for row in rows]
+            panel.bar(names, heights, bottom=bottom, label=part)
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        for i, row in enumerate(rows):
+            if row["floor"] is not None:
+                panel.hlines(row["floor"] * 1e3, i - 0.45, i + 0.45, colors="black")
+        panel.set(title=key, ylabel="ms", xlabel=f"implementation, {size}")
+        panel.legend()
+    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['dtype']}, {found['device']}; line: floor")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    from moerunner.bench.__main__ import environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"a folder with a config.json, or one of {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    args = parser.parse_args()
+    found = measure(
+        args.model,
+        layers=args.layers,
+        batches=args.batches,
+        prompts=args.prompts,
+        dtype=getattr(torch, args.dtype),
+        implementations=args.only,
+        context=args.context,
+    )
+    found = {"environment": environment()} | found
+    text = json.dumps(found, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()
