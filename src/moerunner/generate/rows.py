@@ -29,16 +29,15 @@ class Rows:
         *,
         several: bool,
     ) -> None:
-        self.began, self.first_token, self._any = False, 0.0, False
+        self.began, self.first_token = False, 0.0
         self._rows = [_Row(tokenizer, ends, stops, _stream_of(tokenizer, stream, i if several else None)) for i in range(count)]
 
     def put(self, tokens: Tensor) -> None:
         """The next token of every row, [B]; Transformers puts the prompts first, [B, T]."""
-        self.began = True
         if tokens.ndim > 1:
             return
-        if not self._any:
-            self._any, self.first_token = True, time.perf_counter()
+        if not self.began:
+            self.began, self.first_token = True, time.perf_counter()
         for row, token in zip(self._rows, tokens.tolist(), strict=True):
             row.add(token)
 
@@ -48,7 +47,7 @@ class Rows:
 
     def finish(self, new: Tensor) -> None:
         """new: [B, T], all that was made; only where nothing was put one by one is it looked at."""
-        if not self._any:
+        if not self.began:
             for tokens in new.mT.cpu():
                 self.put(tokens)
         self.end()

@@ -104,7 +104,8 @@ def generate(
         layout: of a model on several ranks, all of which call this with the same prompt. Rank 0 decides: its scores of each
             token, and its seed, are used by all, since ranks that differ in one token wait for each other for ever.
         sampling: anything else that a GenerationConfig has and that chooses tokens: top_k, top_p, min_p, repetition_penalty,
-            no_repeat_ngram_size, eos_token_id, num_beams... What is not given is the model's own `generation_config`.
+            no_repeat_ngram_size, eos_token_id, num_beams... What is not given is the model's own `generation_config`, but for
+            beams: one.
 
     Raises:
         SpecError: a value that cannot be, named. UnsupportedError: the model writes no text; there is no chat template.
@@ -136,7 +137,7 @@ def generate(
         seed = int(ranks.broadcast(torch.tensor([torch.seed() % 2**62 if seed is None else seed])))
     if seed is not None:
         torch.manual_seed(seed)
-    how = {"pad_token_id": pad, **how, "max_new_tokens": max_new_tokens}
+    how = {"pad_token_id": pad, "num_beams": 1, **how, "max_new_tokens": max_new_tokens}
     how |= {"num_return_sequences": 1, "return_dict_in_generate": False}
     config = _config(model, how)
     rows = Rows(tokenizer, len(input_ids), _ends(config), stops, stream, several=several)
