@@ -27,7 +27,7 @@ import transformers
 
 import moerunner
 from moerunner.bench import model as bench
-from moerunner.bench.__main__ import environment
+from moerunner.env import collect
 from moerunner.models.decoding.attention import without_copies
 from moerunner.models.decoding.cache import static_cache
 from moerunner.models.decoding.norms import one_launch
@@ -203,7 +203,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     script = Script(options)
-    found: dict[str, Any] = {"environment": environment() | {"cpus": os.cpu_count()}, "layers": script.layers, "seconds": {}}
+    found: dict[str, Any] = {"environment": collect() | {"cpus": os.cpu_count()}, "layers": script.layers, "seconds": {}}
     parts: list[tuple[Callable[[], Any], float]] = [  # and the seconds that a part needs at least
         (script.build, 0), (script.as_generate, 8), (script.generate, 6), (script.kernels, 6), (script.families, 8),
         (script.loading, 15), (script.patched, 6), (script.grouped_mm, 6), (script.batched_mm, 6),

@@ -97,6 +97,10 @@ SURFACE = {
     },
     "bench": {
         "--layer",
+        "--model",
+        "--layers",
+        "--batches",
+        "--prompts",
         "--shapes",
         "--tokens",
         "--routing",

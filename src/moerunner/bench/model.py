@@ -1,6 +1,6 @@
 """A whole model end to end: a decode step and a prefill by each implementation of its MoE blocks, beside the floor.
 
-python -m moerunner.bench.model qwen3-30b-a3b --layers 12 --json model.json --plot model.png
+moerunner bench --model qwen3-30b-a3b --layers 12 --save model.json --plot model.png
 
 Random weights of the config are made on the device, unless a folder with weights is given and every layer is wanted. What a
 part of the model costs is the time of the whole less that of the same model in which the part hands its input through.
@@ -8,9 +8,7 @@ part of the model costs is the time of the whole less that of the same model in 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moerunner.bench.shapes import Peaks, peaks_of
+from moerunner.bench.shapes import Peaks, measure_peaks
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import load, patch, unpatch
 from moerunner.models.decoding.attention import without_copies
@@ -73,6 +71,7 @@ def measure(
     context: int = 128,
     shares: bool = True,
     seconds: float = float("inf"),
+    peaks: Peaks | None = None,
 ) -> dict[str, Any]:
     """Times of a decode step and of a prefill, in seconds, of one sequence length each; JSON-ready.
 
@@ -81,6 +80,7 @@ def measure(
         layers: build the first so many layers only. batches: rows of a decode step. prompts: tokens of a prefill, one row.
         implementations: of `IMPLEMENTATIONS`; None: all. context: tokens in the cache when decoding begins.
         shares: also measure what MoE blocks, attention and head cost. seconds: begin nothing new after so many.
+        peaks: of the device, for the floor; None measures them.
 
     Returns:
         {"model", "layers", "dtype", "device", "context", "decode": [...], "prefill": [...]}. A row of `decode` has batch,
@@ -98,7 +98,7 @@ def measure(
     end = time.monotonic() + seconds
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     model = build(config_or_path, layers=layers, dtype=dtype, device=device)
-    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peaks = peaks or measure_peaks(str(device), dtype)
     found: dict[str, Any] = {
         "model": config_or_path if isinstance(config_or_path, str) else model.config.model_type,
         "layers": model.config.get_text_config().num_hidden_layers,
@@ -288,14 +288,12 @@ def without(model: nn.Module, part: str) -> Iterator[None]:
                 module.forward = forward
 
 
-def floor(model: Any, size: int, what: str, peaks: Peaks | None, context: int) -> float | None:
-    """Seconds below which no implementation can be: max(bytes / bandwidth, operations / rate); None where neither is known.
+def floor(model: Any, size: int, what: str, peaks: Peaks, context: int) -> float:
+    """Seconds below which no implementation can be: max(bytes / bandwidth, operations / rate).
 
     Bytes: each weight that is at work, once, of the experts those that uniform routing is expected to hit, and keys and values.
     Operations: two for each weight at work on a token, and the products of causal attention.
     """
-    if peaks is None:
-        return None
     rows, tokens = (size, size) if what == "decode" else (1, size)
     specs = [spec_of(site)[2] for site in sites(model) if site.family is not None]
 
@@ -345,47 +343,10 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
             panel.bar(names, heights, bottom=bottom, label=part)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         for i, row in enumerate(rows):
-            if row["floor"] is not None:
-                panel.hlines(row["floor"] * 1e3, i - 0.45, i + 0.45, colors="black")
+            panel.hlines(row["floor"] * 1e3, i - 0.45, i + 0.45, colors="black")
         panel.set(title=key, ylabel="ms", xlabel=f"implementation, {size}")
         panel.legend()
     figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['dtype']}, {found['device']}; line: floor")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
-
-
-def main() -> None:
-    from moerunner.bench.__main__ import environment
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"a folder with a config.json, or one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--plot", type=Path, help="where to draw them")
-    args = parser.parse_args()
-    found = measure(
-        args.model,
-        layers=args.layers,
-        batches=args.batches,
-        prompts=args.prompts,
-        dtype=getattr(torch, args.dtype),
-        implementations=args.only,
-        context=args.context,
-    )
-    found = {"environment": environment()} | found
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
-    if args.plot:
-        plot(found, args.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,6 +32,12 @@ from moerunner.errors import SpecError
 @verb
 def run(
     layer: Annotated[bool, typer.Option("--layer", help="Whole MoE layers, in place of the routed experts alone.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="A whole model, in place of layers: a folder, or a name such as qwen3-30b-a3b.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of --model: only the first so many, with random weights.")] = None,
+    batches: Annotated[str, typer.Option(help="Of --model: rows of a decode step.")] = "1,32",
+    prompts: Annotated[str, typer.Option(help="Of --model: tokens of a prefill.")] = "2k,8k",
     shapes: Annotated[str | None, typer.Option(help="Names such as qwen3-30b,olmoe; all that are known, on a GPU.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, such as 1,8,2k.")] = None,
     routing: Annotated[
@@ -73,6 +79,11 @@ def run(
     screen = Screen(quiet=json)
     with screen.progress("measuring the floor"):
         peaks = _peaks(bandwidth, tflops, device, number)
+    if model is not None:
+        sizes = [[count(n) for n in text.split(",")] for text in (batches, prompts)]
+        how = dict(dtype=number, device=device, peaks=peaks, layers=layers, implementations=only and only.split(","))
+        limit = {} if seconds is None else {"seconds": seconds}
+        return _whole(screen, model, save, plot, batches=sizes[0], prompts=sizes[1], **how, **limit)
     session = Session(str(number).removeprefix("torch."), device, peaks, bandwidth is None or tflops is None, save)
     screen.say(session.title)
     asked = None if only is None else only.split(",")
@@ -104,6 +115,36 @@ def run(
         screen.say(f"written: {plot} and {plot.with_suffix('.csv')}")
     found = session.found()
     return Answer(found, OK if found["ok"] else MISMATCH)
+
+
+def _whole(screen: Screen, name: str, save: Path | None, plot: Path | None, **how: Any) -> Answer:
+    """The benchmark of a whole model: printed, saved and drawn."""
+    from moerunner.bench import model
+    from moerunner.env import collect
+
+    with screen.progress(f"{name}: decode and prefill"):
+        found = {"ok": True, "environment": collect()} | model.measure(name, **how)
+    for what, size in (("decode", "batch"), ("prefill", "tokens")):
+        rows = [
+            [row["implementation"], str(row[size]), *(_ms(row.get(way)) for way in ("python", "graph")), _ms(row["floor"])]
+            for row in found[what]
+            if size in row
+        ]
+        screen.heading(f"{what}, {found['layers']} layers, {found['dtype']}: ms")
+        screen.table(["", size, "from Python", "CUDA graph", "floor"], rows)
+        for row in found[what]:
+            if row.get("note"):
+                screen.say(f"{row['implementation']}, {what} {row.get(size, '')}: {row['note']}")
+    if save is not None:
+        save.write_text(jsonlib.dumps(found, indent=1) + "\n")
+    if plot is not None:
+        model.plot(found, plot)
+        screen.say(f"written: {plot}")
+    return Answer(found, OK)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 class Session:
