@@ -132,7 +132,7 @@ def test_the_floors_are_those_of_the_house(contracts):
     layers = layers_of(contracts["floors"])
     house = "announce errors spec values kernels ops quant parallel experts shared plan execute runner models".split()
     assert layers[::-1][: len(house)] == [[name] for name in house]
-    assert layers[:3] == [["__main__"], ["cli"], ["verify", "bench", "generate", "serve", "tune", "env", "planner", "loads"]]
+    assert layers[:3] == [["__main__"], ["cli"], ["verify", "bench", "generate", "serve", "env", "planner", "loads"]]
     assert contracts["floors"]["exhaustive"], "an exhaustive contract notices a new module"
     ignored = [line for contract in contracts.values() for line in contract.get("ignore_imports", [])]
     doors = [f"moerunner.parallel.layout -> moerunner.parallel.{to}" for to in ("comm", "group")]
