@@ -97,7 +97,8 @@ def environment():
 
 
 KNOWN = {"moerunner", ".venv/bin/moerunner", "make", "pip", "torchrun", "curl"}
-LONG = {"demo", "generate", "plan", "route"}  # verbs with tests of their own in the fast tier
+LONG = {"bench", "demo", "generate", "plan", "route"}  # verbs with tests of their own in the fast tier
+NEEDS_GPU = {"tune"}
 
 
 def commands():
@@ -135,7 +136,8 @@ def test_a_command(page, words, here, monkeypatch, capsys):
     else:
         with pytest.raises(SystemExit) as end:
             app(words[1:], prog_name="moerunner")
-        assert not end.value.code, capsys.readouterr()
+        refused = words[1] in NEEDS_GPU and not torch.cuda.is_available()
+        assert (end.value.code or 0) == (3 if refused else 0), capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
