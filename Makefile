@@ -17,6 +17,7 @@ WORKERS ?= 2
 RELEASES ?= 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0
 # Arguments for pytest, say PYTEST_ARGS="-k route -x".
 PYTEST_ARGS ?=
+export PYTEST_ARGS
 MOERUNNER_SEED ?= $(shell date +%-m%d%H%M%S)
 MOERUNNER_SEED := $(MOERUNNER_SEED)
 export MOERUNNER_SEED

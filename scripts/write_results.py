@@ -57,6 +57,7 @@ def surroundings() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "seed": os.environ.get("MOERUNNER_SEED"),
+        "pytest_args": os.environ.get("PYTEST_ARGS", ""),  # what was left out, if anything was
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
