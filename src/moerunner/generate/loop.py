@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moerunner.errors import CheckpointError
 from moerunner.models.decoding.step import Step
 
 
@@ -51,7 +52,8 @@ class Loop:
         step = Step(model, model_kwargs, rows, end, capture=self._capture)
         host = _Host(rows, ids.device)
         while True:
-            scores = logits_processor(ids[:, :length], logits)
+            wrong = logits.isnan().any(-1)  # told with the tokens, so that the device is not waited for twice
+            scores = logits_processor(ids[:, :length], logits.masked_fill(wrong[:, None], 0.0))
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
             else:
@@ -61,7 +63,7 @@ class Loop:
             ids[:, length] = tokens
             length += 1
             unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
-            host.send(tokens, unfinished)
+            host.send(tokens, unfinished, wrong)
             ahead = host.waits and length < end
             if ahead:  # before the host waits for this token, so that the device never waits for the host
                 logits = step(tokens)
@@ -80,22 +82,30 @@ def last(outputs: Any) -> Tensor:
     return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
 
 
+def no_numbers() -> CheckpointError:
+    """What is said of scores of which any could be the best."""
+    what = "gives scores that are not numbers (NaN)"
+    return CheckpointError(what, where="the model", next_step="moerunner verify says whether its weights are damaged")
+
+
 class _Host:
     """Tokens on their way to the host. waits: they come later than they are sent."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.waits = device.type == "cuda"
-        self._there = torch.empty(2, rows, dtype=torch.long, pin_memory=self.waits)
+        self._there = torch.empty(3, rows, dtype=torch.long, pin_memory=self.waits)
         self._event = torch.cuda.Event() if self.waits else None
 
-    def send(self, tokens: Tensor, unfinished: Tensor) -> None:
-        self._there.copy_(torch.stack([tokens, unfinished]), non_blocking=self.waits)
+    def send(self, tokens: Tensor, unfinished: Tensor, wrong: Tensor) -> None:
+        self._there.copy_(torch.stack([tokens, unfinished, wrong.long()]), non_blocking=self.waits)
         if self._event is not None:
             self._event.record()
 
     def receive(self) -> tuple[Tensor, bool]:
-        """The tokens, and whether every row is finished."""
+        """The tokens, and whether every row is finished. Raises a CheckpointError if the scores were no numbers."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, unfinished = self._there.unbind()
+        tokens, unfinished, wrong = self._there.unbind()
+        if wrong.any():
+            raise no_numbers()
         return tokens.clone(), not bool(unfinished.any())

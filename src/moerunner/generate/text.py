@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import CheckpointError, SpecError, UnsupportedError
-from moerunner.generate.loop import Loop
+from moerunner.generate.loop import Loop, no_numbers
 from moerunner.generate.rows import Rows
 from moerunner.models.decoding.attention import NAME, without_copies
 from moerunner.models.decoding.cache import Unfit, static_cache
@@ -143,7 +143,8 @@ def generate(
     rows = Rows(tokenizer, len(input_ids), _ends(config), stops, stream, several=several)
     if stops:
         how["stopping_criteria"] = [_stop(tokenizer, stops)]
-    how["logits_processor"] = [_numbers, *([lambda _, scores: ranks.broadcast(scores)] if ranks is not None else [])]
+    if ranks is not None:
+        how["logits_processor"] = [lambda _, scores: ranks.broadcast(scores)]
     assert attention_mask is not None
     ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
     start = time.perf_counter()
@@ -154,6 +155,7 @@ def generate(
             decode, note = "CUDA graph" if loop.captured else "Python", loop.note
         except Unfit as reason:
             decode, note = "Transformers", f"Transformers' own loop: {reason}"
+            how["logits_processor"] = [_numbers, *how.get("logits_processor", [])]
             how["streamer"] = rows if config.num_beams == 1 else None
             try:
                 sequences = model.generate(input_ids=ids, attention_mask=mask, **how)
@@ -331,6 +333,5 @@ def _check_ids(model: Any, input_ids: Tensor) -> None:
 def _numbers(_: Tensor, scores: Tensor) -> Tensor:
     """The scores of the next token, which must be numbers: any token could be the best of what is not."""
     if scores.isnan().any():
-        what = "gives scores that are not numbers (NaN)"
-        raise CheckpointError(what, where="the model", next_step="moerunner verify says whether its weights are damaged")
+        raise no_numbers()
     return scores
