@@ -98,7 +98,7 @@ docs: $(VENV)/.stamp-docs ## the documentation as pages in .cache-make/site, wit
 	@echo "open $(CACHE)/site/index.html, or with search: $(BIN)/python -m http.server -d $(CACHE)/site"
 
 numbers: $(VENV)/.stamp-venv ## the tables of README.md and docs/benchmarks.md from benchmarks/results/
-	@$(BIN)/python scripts/numbers.py
+	@$(BIN)/python scripts/numbers_page.py
 
 lint: $(VENV)/.stamp-dev ## ruff, pyright and the import floors only
 	@$(BIN)/ruff check $(LINTED)

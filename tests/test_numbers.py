@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("numbers_script", ROOT / "scripts" / "numbers.py")
+spec = importlib.util.spec_from_file_location("numbers_script", ROOT / "scripts" / "numbers_page.py")
 numbers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(numbers)
 
