@@ -150,6 +150,8 @@ def generate(
     start = time.perf_counter()
     with without_copies(model), one_launch(model):
         try:
+            if ranks is not None:  # a rank that took another way by itself would leave the others waiting
+                raise Unfit("the model is on several ranks")
             loop = Loop(_why_not(model), rows.put)
             sequences = _by_our_loop(model, loop, config, rows, ids, mask, prefill_chunk, how)
             decode, note = "CUDA graph" if loop.captured else "Python", loop.note
@@ -160,7 +162,7 @@ def generate(
             try:
                 sequences = model.generate(input_ids=ids, attention_mask=mask, **how)
             except ValueError as error:
-                if rows.began:
+                if rows.began or ranks is not None:
                     raise
                 raise SpecError(f"Transformers refuses: {error}", where="generate") from error
     seconds = time.perf_counter() - start
