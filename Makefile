@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 # Extra arguments for the step that installs torch, say an --index-url of your own.
 TORCH_PIP_ARGS ?=
 TORCH = $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
-WORKERS ?= 2
+WORKERS ?= 3
 # Of Transformers: the last of each minor release that is supported.
 RELEASES ?= 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0
 # Arguments for pytest, say PYTEST_ARGS="-k route -x".

@@ -199,7 +199,8 @@ def test_the_api_reference_has_every_public_name():
     assert sorted(name.rpartition(".")[2] for name in listed) == sorted(moerunner.__all__)
     for name in listed:
         module, _, attribute = name.rpartition(".")
-        assert getattr(importlib.import_module(module), attribute) is getattr(moerunner, attribute)
+        public, found = getattr(moerunner, attribute), getattr(importlib.import_module(module), attribute)
+        assert found is public or found is getattr(public, attribute, None)  # `generate` is a module that is called as well
 
 
 def test_every_page_is_in_the_navigation():
