@@ -11,6 +11,7 @@ from cases import TILES, case, error
 
 from moerunner.experts import triton as backend
 from moerunner.kernels.experts import FINAL, triton_experts
+from moerunner.kernels.tiles import Grouped
 from moerunner.spec import ActivationSpec
 from moerunner.values import TopK
 
@@ -52,6 +53,17 @@ def test_ungated(device, path, name):
 @pytest.mark.parametrize("gate_up", ["concat", "interleaved"])
 def test_layouts_and_strides(device, path, gate_up, transposed):
     _check(case(device, tokens=4, gate_up=gate_up, transposed=transposed, bias=True), path)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_tiles_that_an_expert_fills_at_most_by_half(device, tma):
+    """Rows per expert: none, one, half a tile, one more, a whole tile, and one and some more."""
+    product = TILES["tma" if tma else "grouped"].up
+    counts = [0, 1, 64, 65, 128, 190]
+    c = case(device, tokens=sum(counts), top_k=1, experts=len(counts), hidden=40, inter=24, bias=True)
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[torch.randperm(sum(counts))]
+    c = dataclasses.replace(c, topk=dataclasses.replace(c.topk, ids=ids[:, None].to(device)))
+    assert error(c.kernel(Grouped(128, product, product)), c.exact()) <= c.bound()
 
 
 @path

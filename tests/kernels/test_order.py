@@ -17,7 +17,7 @@ def _ids(tokens, top_k, experts, how):
     return ids
 
 
-@pytest.mark.parametrize("launches", ["one", "two"])
+@pytest.mark.parametrize("launches", ["one", "three"])
 @pytest.mark.parametrize("how", ["spread", "one", "none"])
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (40, 4, 9)])
 def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, experts):
@@ -34,6 +34,18 @@ def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, exper
         start = end
     assert got.tiles_4N[:, : len(tiles)].T.tolist() == tiles
     assert (got.tiles_4N[0, len(tiles) :] == -1).all()
+
+
+@pytest.mark.parametrize("tokens", [700, 8300])
+def test_many_blocks_of_slots(monkeypatch, device, tokens):
+    """More than one block, and more blocks than the scan takes at once; the last of each is a partial one."""
+    monkeypatch.setattr(order, "_ONE_LAUNCH", 0)
+    ids = _ids(tokens, 4, 40, "spread").to(device)
+    expected = sort_by_expert(ids, 40)
+    got = order.order_slots(ids, 40, 64)
+    assert torch.equal(got.slot_R.long(), expected.slot_R)
+    ends = got.tiles_4N[3][got.tiles_4N[0] >= 0].unique_consecutive()
+    assert ends.tolist() == expected.ends_E.tolist()
 
 
 @pytest.mark.parametrize(("slots", "experts", "block_m"), [(1, 128, 16), (64, 4, 16), (63, 4, 16), (1000, 7, 64), (5, 5, 16)])

@@ -15,6 +15,9 @@ import triton.language as tl
 from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.common import follow
 
+_HALVED = tl.constexpr(128)
+"""A tile of so many rows of which an expert fills at most half is multiplied as half a tile; wgmma takes no fewer than 64."""
+
 
 @triton.jit
 def _tile(tiles_4N, N, columns, BLOCK_M: tl.constexpr):
@@ -33,56 +36,15 @@ def _tile(tiles_4N, N, columns, BLOCK_M: tl.constexpr):
     return expert, start + (group + within % size) * BLOCK_M, end, within // size
 
 
-@triton.jit(do_not_specialize=["N"])
-def gate_up(
-    x_TH,
-    w13,
-    b13,
-    weights_S,
-    slot_R,
-    tiles_4N,
-    h_RI,
-    K,
-    hidden,
-    inter,
-    N,
-    stride_xt,
-    stride_xh,
-    stride_we,
-    stride_wn,
-    stride_wh,
-    stride_be,
-    stride_bn,
-    INPUT_WEIGHTING: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAIRED: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    CLAMP_AFTER: tl.constexpr,
-    GATE_SOFTCAP: tl.constexpr,
-    UP_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TMA: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """h[r] = act(x[token of r] w13[e]^T + b13[e]) for one tile of BLOCK_M rows and BLOCK_N rows of w13.
-
-    PAIRED: gate and up columns alternate in the product, else they are its two halves. Either way both belong to the same
-    columns of h; which of the two reads memory in long runs depends on the strides. WHOLE: BLOCK_K divides H.
-    TMA: w13 is a tensor descriptor: of [E * 2I, H] when PAIRED or ungated, else of [2E, I, H] in boxes of both halves.
-    """
-    follow(PDL)
+@triton.jit
+def _gate_up_tile(
+    expert, start_row, end_row, n, x_TH, w13, b13, weights_S, slot_R, h_RI, K, hidden, inter, stride_xt, stride_xh, stride_we,
+    stride_wn, stride_wh, stride_be, stride_bn, INPUT_WEIGHTING: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    CLAMP_AFTER: tl.constexpr, GATE_SOFTCAP: tl.constexpr, UP_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(inter, WIDTH), BLOCK_M)
-    if expert < 0:
-        return
     row = start_row + tl.arange(0, BLOCK_M)
     live = row < end_row
     slot = tl.load(slot_R + row, mask=live, other=0)
@@ -145,6 +107,109 @@ def gate_up(
 
 
 @triton.jit(do_not_specialize=["N"])
+def gate_up(
+    x_TH,
+    w13,
+    b13,
+    weights_S,
+    slot_R,
+    tiles_4N,
+    h_RI,
+    K,
+    hidden,
+    inter,
+    N,
+    stride_xt,
+    stride_xh,
+    stride_we,
+    stride_wn,
+    stride_wh,
+    stride_be,
+    stride_bn,
+    INPUT_WEIGHTING: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    CLAMP_AFTER: tl.constexpr,
+    GATE_SOFTCAP: tl.constexpr,
+    UP_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h[r] = act(x[token of r] w13[e]^T + b13[e]) for one tile of BLOCK_M rows and BLOCK_N rows of w13.
+
+    PAIRED: gate and up columns alternate in the product, else they are its two halves. Either way both belong to the same
+    columns of h; which of the two reads memory in long runs depends on the strides. WHOLE: BLOCK_K divides H.
+    TMA: w13 is a tensor descriptor: of [E * 2I, H] when PAIRED or ungated, else of [2E, I, H] in boxes of both halves.
+    """
+    follow(PDL)
+    expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(inter, BLOCK_N // 2 if GATED else BLOCK_N), BLOCK_M)
+    if expert < 0:
+        return
+    if BLOCK_M == _HALVED and end_row - start_row <= BLOCK_M // 2:
+        _gate_up_tile(
+            expert, start_row, end_row, n, x_TH, w13, b13, weights_S, slot_R, h_RI, K, hidden, inter, stride_xt, stride_xh,
+            stride_we, stride_wn, stride_wh, stride_be, stride_bn, INPUT_WEIGHTING, GATED, INTERLEAVED, PAIRED, KIND, ALPHA,
+            BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, WHOLE, TMA,
+        )  # fmt: skip
+    else:
+        _gate_up_tile(
+            expert, start_row, end_row, n, x_TH, w13, b13, weights_S, slot_R, h_RI, K, hidden, inter, stride_xt, stride_xh,
+            stride_we, stride_wn, stride_wh, stride_be, stride_bn, INPUT_WEIGHTING, GATED, INTERLEAVED, PAIRED, KIND, ALPHA,
+            BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh, stride_wi,
+    stride_be, stride_bh, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    row = start_row + tl.arange(0, BLOCK_M)
+    live = row < end_row
+    slot = tl.load(slot_R + row, mask=live, other=0)
+    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < hidden
+    w_row = tl.where(inside, column, 0)
+
+    k = tl.arange(0, BLOCK_K)
+    h_ptr = h_RI + row.to(tl.int64)[:, None] * inter + k[None, :]
+    if not TMA:
+        w_ptr = w2 + expert.to(tl.int64) * stride_we + k[:, None] * stride_wi + w_row.to(tl.int64)[None, :] * stride_wh
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, inter, BLOCK_K):
+        rest = k < inter - start
+        if WHOLE:
+            a = tl.load(h_ptr, mask=live[:, None], other=0.0)
+        else:
+            a = tl.load(h_ptr, mask=live[:, None] & rest[None, :], other=0.0)
+        h_ptr += BLOCK_K
+        if TMA:
+            b = w2.load([expert * hidden + n * BLOCK_N, start]).T
+        else:
+            b = tl.load(w_ptr) if WHOLE else tl.load(w_ptr, mask=rest[:, None], other=0.0)
+            w_ptr += BLOCK_K * stride_wi
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+
+    if b2 is not None:
+        acc += tl.load(b2 + expert.to(tl.int64) * stride_be + w_row * stride_bh).to(tl.float32)[None, :]
+    if WEIGHTED:
+        acc *= tl.load(weights_S + slot, mask=live, other=0.0)[:, None]
+    y_ptr = y_SH + slot.to(tl.int64)[:, None] * hidden + column[None, :]
+    tl.store(y_ptr, acc.to(y_SH.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["N"])
 def down(
     h_RI,
     w2,
@@ -178,38 +243,16 @@ def down(
     expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(hidden, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
-    row = start_row + tl.arange(0, BLOCK_M)
-    live = row < end_row
-    slot = tl.load(slot_R + row, mask=live, other=0)
-    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < hidden
-    w_row = tl.where(inside, column, 0)
-
-    k = tl.arange(0, BLOCK_K)
-    h_ptr = h_RI + row.to(tl.int64)[:, None] * inter + k[None, :]
-    if not TMA:
-        w_ptr = w2 + expert.to(tl.int64) * stride_we + k[:, None] * stride_wi + w_row.to(tl.int64)[None, :] * stride_wh
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, inter, BLOCK_K):
-        rest = k < inter - start
-        if WHOLE:
-            a = tl.load(h_ptr, mask=live[:, None], other=0.0)
-        else:
-            a = tl.load(h_ptr, mask=live[:, None] & rest[None, :], other=0.0)
-        h_ptr += BLOCK_K
-        if TMA:
-            b = w2.load([expert * hidden + n * BLOCK_N, start]).T
-        else:
-            b = tl.load(w_ptr) if WHOLE else tl.load(w_ptr, mask=rest[:, None], other=0.0)
-            w_ptr += BLOCK_K * stride_wi
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
-
-    if b2 is not None:
-        acc += tl.load(b2 + expert.to(tl.int64) * stride_be + w_row * stride_bh).to(tl.float32)[None, :]
-    if WEIGHTED:
-        acc *= tl.load(weights_S + slot, mask=live, other=0.0)[:, None]
-    y_ptr = y_SH + slot.to(tl.int64)[:, None] * hidden + column[None, :]
-    tl.store(y_ptr, acc.to(y_SH.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    if BLOCK_M == _HALVED and end_row - start_row <= BLOCK_M // 2:
+        _down_tile(
+            expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh,
+            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, WHOLE, TMA,
+        )  # fmt: skip
+    else:
+        _down_tile(
+            expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh,
+            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA,
+        )  # fmt: skip
 
 
 @triton.jit
