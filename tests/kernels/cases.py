@@ -60,7 +60,7 @@ def _plain(case: Case, dtype: torch.dtype, rounded: torch.dtype | None):
         return t if rounded is None else t.to(rounded).to(dtype)
 
     w, a = case.weights, case.call.activation
-    x, p = case.x.to(dtype), case.topk.weights.to(dtype)
+    x, p = case.x.to(dtype), case.topk.weights.to(dtype).where(case.topk.ids >= 0, 0)
     tokens, k = case.topk.ids.shape
     rows = x.new_zeros(tokens, k, w.w2.shape[1])
     for t in range(tokens):
