@@ -28,9 +28,8 @@ import transformers
 import moerunner
 from moerunner.bench import model as bench
 from moerunner.env import collect
-from moerunner.models.decoding.attention import without_copies
+from moerunner.models.decoding import fused
 from moerunner.models.decoding.cache import static_cache
-from moerunner.models.decoding.norms import one_launch
 from moerunner.models.decoding.step import Step
 from moerunner.verify import tiny_model
 
@@ -97,7 +96,7 @@ class Script:
 
         moerunner.patch(self.model)
         found = {}
-        with torch.no_grad(), without_copies(self.model), one_launch(self.model):
+        with torch.no_grad(), fused(self.model):
             for batch in self.batches:
                 ids = torch.randint(bench.MODELS[NAME]["vocab_size"], (batch, 128), device=self.device)
                 given = {"past_key_values": static_cache(self.model, 160), "use_cache": True, "logits_to_keep": 1}

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from moerunner.bench.shapes import Peaks, measure_peaks
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import load, patch, unpatch
-from moerunner.models.decoding.attention import without_copies
+from moerunner.models.decoding import fused
 from moerunner.models.decoding.cache import Unfit, static_cache
-from moerunner.models.decoding.norms import one_launch
 from moerunner.models.decoding.step import Step
 from moerunner.models.prepare import sites, spec_of
 from moerunner.spec import MoESpec
@@ -160,7 +159,7 @@ def _as(model: Any, name: str) -> Iterator[None]:
             unpatch(model)
             model.set_experts_implementation(name)
         if name == "generate":
-            with without_copies(model), one_launch(model):
+            with fused(model):
                 yield
         else:
             yield

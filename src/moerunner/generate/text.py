@@ -14,9 +14,9 @@ from torch import Tensor
 from moerunner.errors import CheckpointError, SpecError, UnsupportedError
 from moerunner.generate.loop import Loop, no_numbers
 from moerunner.generate.rows import Rows
-from moerunner.models.decoding.attention import NAME, without_copies
+from moerunner.models.decoding import fused
+from moerunner.models.decoding.attention import NAME
 from moerunner.models.decoding.cache import Unfit, static_cache
-from moerunner.models.decoding.norms import one_launch
 from moerunner.parallel.group import TorchComm
 from moerunner.parallel.layout import BoundLayout
 
@@ -88,8 +88,8 @@ def generate(
     """Continues prompts, greedily, or by sampling if a temperature above 0 is given.
 
     The tokens are those of `model.generate`. Keys and values are kept in a static cache; on a GPU the decode step is one CUDA
-    graph, and RMS norms are kernels that round where the model's own do. A model for which that cannot be runs as
-    Transformers runs it, and `Generated.note` says why.
+    graph, and RMS norms and the rotary embedding are kernels that round where the model's own do. A model for which that
+    cannot be runs as Transformers runs it, and `Generated.note` says why.
 
     Args:
         model: a Transformers model, patched or not. tokenizer: its tokenizer; None with `input_ids` and without `stop`.
@@ -148,7 +148,7 @@ def generate(
     assert attention_mask is not None
     ids, mask = input_ids.to(model.device), attention_mask.to(model.device)
     start = time.perf_counter()
-    with without_copies(model), one_launch(model):
+    with fused(model):
         try:
             if ranks is not None:  # a rank that took another way by itself would leave the others waiting
                 raise Unfit("the model is on several ranks")
