@@ -124,6 +124,7 @@ def test_whole_layers(name, monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "small", TINY)
+    monkeypatch.setattr("moerunner.bench.shapes.GPU_SHAPES", ["small"])  # where there is a GPU, too
 
 
 @pytest.mark.usefixtures("tiny")

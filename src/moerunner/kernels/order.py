@@ -93,42 +93,20 @@ def _order_few(
 
 
 @triton.jit(do_not_specialize=["S"])
-def _count_blocks(ids_S, count_BE, rank_S, S, E, EP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
-    """How often each expert occurs in one block of slots, and how many slots of the block with its expert each follows."""
+def _count_blocks(ids_S, count_BE, S, E, EP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """How often each expert occurs in one block of slots."""
     follow(PDL)
-    start = tl.program_id(0) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    key = _keys(ids_S, at, S, E)
-    tl.store(count_BE + tl.program_id(0) * EP + tl.arange(0, EP), tl.histogram(key, EP))
-    same = tl.zeros([BLOCK, CHUNK], tl.int32)  # summed once, since a sum over threads costs more than a comparison
-    for other_start in range(start, start + BLOCK, CHUNK):
-        other_at = other_start + tl.arange(0, CHUNK)
-        other = _keys(ids_S, other_at, S, E)
-        same += ((other[None, :] == key[:, None]) & (other_at[None, :] < at[:, None])).to(tl.int32)
-    tl.store(rank_S + at, tl.sum(same, 1), mask=at < S)
-
-
-@triton.jit(do_not_specialize=["B"])
-def _scan_blocks(count_BE, total_E, B, EP: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
-    """The counts of WIDTH experts become those of all blocks before; total: those of all blocks."""
-    follow(PDL)
-    e = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], tl.int32)
-    for start in range(0, B, AT_ONCE):
-        b = start + tl.arange(0, AT_ONCE)
-        at, here = count_BE + b[:, None] * EP + e[None, :], b[:, None] < B
-        count = tl.load(at, mask=here, other=0)
-        tl.store(at, tl.cumsum(count, 0) - count + total[None, :], mask=here)
-        total += tl.sum(count, 0)
-    tl.store(total_E + e, total)
+    count = tl.zeros([EP], tl.int32)
+    for start in range(0, BLOCK, 512):
+        at = tl.program_id(0) * BLOCK + start + tl.arange(0, 512)
+        count += tl.histogram(_keys(ids_S, at, S, E), EP)
+    tl.store(count_BE + tl.program_id(0) * EP + tl.arange(0, EP), count)
 
 
 @triton.jit(do_not_specialize=["S", "N", "B"])
 def _place_blocks(
     ids_S,
     count_BE,
-    total_E,
-    rank_S,
     slot_R,
     tiles_4N,
     S,
@@ -138,20 +116,33 @@ def _place_blocks(
     BLOCK_M: tl.constexpr,
     EP: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program B writes the tile map, each other places the slots of its block behind those of the blocks before."""
     follow(PDL)
+    AT_ONCE: tl.constexpr = 8192 // EP
     block = tl.program_id(0)
-    e = tl.arange(0, EP)
-    total = tl.load(total_E + e)
+    total = tl.zeros([AT_ONCE, EP], tl.int32)
+    before = tl.zeros([AT_ONCE, EP], tl.int32)
+    for start in range(0, B, AT_ONCE):
+        b = start + tl.arange(0, AT_ONCE)
+        part = tl.load(count_BE + b[:, None] * EP + tl.arange(0, EP)[None, :], mask=b[:, None] < B, other=0)
+        total += part
+        before += tl.where(b[:, None] < block, part, 0)
+    total_E = tl.sum(total, 0)
     if block == B:
-        _write_tiles(total, tiles_4N, N, E, BLOCK_M, EP)
+        _write_tiles(total_E, tiles_4N, N, E, BLOCK_M, EP)
     else:
-        base = tl.cumsum(total, 0) - total + tl.load(count_BE + block * EP + e)
+        base_E = tl.cumsum(total_E, 0) - total_E + tl.sum(before, 0)
         at = block * BLOCK + tl.arange(0, BLOCK)
-        rank = tl.load(rank_S + at, mask=at < S, other=0)
-        tl.store(slot_R + tl.gather(base, _keys(ids_S, at, S, E), 0) + rank, at, mask=at < S)
+        key = _keys(ids_S, at, S, E)
+        same = tl.zeros([BLOCK, CHUNK], tl.int32)  # earlier slots of the block with this key; smaller keys are in base_E
+        for start in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, S), CHUNK):
+            other_at = start + tl.arange(0, CHUNK)
+            other = _keys(ids_S, other_at, S, E)
+            same += ((other[None, :] == key[:, None]) & (other_at[None, :] < at[:, None])).to(tl.int32)
+        tl.store(slot_R + tl.gather(base_E, key, 0) + tl.sum(same, 1), at, mask=at < S)
 
 
 def most_tiles(slots: int, experts: int, block_m: int) -> int:
@@ -172,16 +163,12 @@ def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
             device=device, warps=8, first=True,
         )  # fmt: skip
     else:
-        block, width = 512, min(ep, 32)
+        block = 512 if slots <= 131072 else 2048
         count = blocks(slots, block)
         count_BE = torch.empty(count, ep, dtype=torch.int32, device=device)
-        total_E, rank_S = (torch.empty(n, dtype=torch.int32, device=device) for n in (ep, slots))
+        launch(_count_blocks, (count,), ids_TK, count_BE, slots, experts, ep, block, device=device, warps=4, first=True)
         launch(
-            _count_blocks, (count,), ids_TK, count_BE, rank_S, slots, experts, ep, block, 64, device=device, warps=8, first=True
-        )
-        launch(_scan_blocks, (ep // width,), count_BE, total_E, count, ep, width, 64, device=device, warps=4)
-        launch(
-            _place_blocks, (count + 1,), ids_TK, count_BE, total_E, rank_S, slot_R, tiles_4N, slots, experts, tiles, count,
-            block_m, ep, block, device=device, warps=4,
+            _place_blocks, (count + 1,), ids_TK, count_BE, slot_R, tiles_4N, slots, experts, tiles, count,
+            block_m, ep, block, 8192 // block, device=device, warps=8,
         )  # fmt: skip
     return Tiled(slot_R, tiles_4N, block_m)

@@ -93,7 +93,7 @@ def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, it
         return Grouped(16 if rows <= 16 else 64, product, product)
     if rows <= 10:
         return dataclasses.replace(_HALF[0], down=_HALF[0].up) if inter >= 2048 else _HALF[0]
-    return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 80 else _HALF[3]
+    return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 48 else _HALF[3]
 
 
 def invariant(itemsize: int) -> Grouped:
