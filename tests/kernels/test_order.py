@@ -45,7 +45,7 @@ def test_many_blocks_of_slots(monkeypatch, device, tokens):
     got = order.order_slots(ids, 200, 64)
     assert torch.equal(got.slot_R.long(), expected.slot_R)
     ends = got.tiles_4N[3][got.tiles_4N[0] >= 0].unique_consecutive()
-    assert ends.tolist() == expected.ends_E.tolist()
+    assert ends.tolist() == [end for end in expected.ends_E.unique().tolist() if end]  # an expert may have no row
 
 
 @pytest.mark.parametrize(("slots", "experts", "block_m"), [(1, 128, 16), (64, 4, 16), (63, 4, 16), (1000, 7, 64), (5, 5, 16)])
