@@ -78,7 +78,7 @@ _HALF = (  # 16-bit dtypes, from few rows per expert to many
     Grouped(16, Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True)),
     Grouped(32, Product(128, 128, 4, 3, tma=True), Product(128, 64, 4, 4, tma=True)),
     Grouped(64, Product(128, 64, 4, 3, tma=True), Product(128, 64, 4, 3, tma=True)),
-    Grouped(128, Product(256, 64, 8, 4, tma=True), Product(256, 64, 8, 3, tma=True)),
+    Grouped(128, Product(256, 64, 8, 4, tma=True), Product(256, 64, 8, 4, tma=True)),
 )
 
 
