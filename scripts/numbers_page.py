@@ -19,6 +19,7 @@ PAGES = {ROOT / "README.md": True, ROOT / "docs" / "benchmarks.md": False}  # Tr
 BEGIN, END = "<!-- numbers: made by `make numbers` -->", "<!-- numbers: end -->"
 SHORT_SHAPES, SHORT_TOKENS = ("qwen3-30b", "qwen3-next", "gpt-oss-120b"), (1, 512, 8192)
 OURS = ("triton", "cuda", "cpu", "grouped_mm", "eager")  # names of our backends, where a result does not say `ours`
+WHOLE = {"generate": "moerunner generate", "patched": "moerunner patch"}  # ours among the implementations of a whole model
 
 Row = dict[str, Any]
 
@@ -135,9 +136,9 @@ def steps(folder: Path) -> list[str]:
     lines = []
     for device, rows in newest(step_rows, "model", folder).items():
         timed = sorted((row for row in rows if seconds_of(row)), key=lambda row: row["place"])
-        names = sorted({row["implementation"] for row in timed}, key=lambda name: (name != "moerunner", name))
+        names = sorted({row["implementation"] for row in timed}, key=lambda name: (name not in WHOLE, name))
         lines += [f"Whole models, {said_of(timed)}, on one {device} ({made_of(timed)}). Milliseconds a step:", ""]
-        heads = [name if name == "moerunner" else f"Transformers {name}" for name in names]
+        heads = [WHOLE.get(name, f"Transformers {name}") for name in names]
         lines += [f"| model | step | floor | {' | '.join(heads)} |", "|---|---|---:|" + "---:|" * len(heads)]
         for model, what in dict.fromkeys((row["model"], row["what"]) for row in timed):
             here = {row["implementation"]: row for row in timed if (row["model"], row["what"]) == (model, what)}

@@ -49,10 +49,10 @@ def test_whole_models(tmp_path):
         prefill = {"tokens": 2048, "implementation": name, "python": python, "floor": 0.05}
         return {"decode": [decode], "prefill": [prefill]}
 
-    parts = {"ours": part("moerunner", 0.01, 0.1), "theirs": part("grouped_mm", 0.02, None)}
+    parts = {"ours": part("generate", 0.01, 0.1), "theirs": part("grouped_mm", 0.02, None)}
     written(tmp_path, "2020-01-01-a.json", layers=12, generate=[{"batch": 1}], **parts)
     table = numbers.tables(False, tmp_path)
-    assert "| model | step | floor | moerunner | Transformers grouped_mm |" in table
+    assert "| model | step | floor | moerunner generate | Transformers grouped_mm |" in table
     assert "12 layers | decode, batch 8 in a CUDA graph | 5.00 | 10.00 | 20.00 |" in table
     assert "12 layers | prefill, 2,048 tokens | 50.00 | 100.00 | - |" in table
 
