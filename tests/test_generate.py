@@ -13,6 +13,7 @@ tokenizers = pytest.importorskip("tokenizers")
 import moerunner  # noqa: E402
 from moerunner.errors import CheckpointError, SpecError, UnsupportedError  # noqa: E402
 from moerunner.generate import generate  # noqa: E402
+from moerunner.models.decoding.cache import Unfit  # noqa: E402
 from moerunner.verify import tiny_model  # noqa: E402
 
 PROMPT = "one two three"
@@ -178,6 +179,29 @@ def test_a_model_without_a_static_cache_runs_as_transformers_has_it_and_it_is_sa
     assert made.sequences.tolist() == expected.tolist()
     assert made.decode == "Transformers"
     assert reason in made.note
+    assert "prefill_chunk" not in made.note
+    chunks = generate(model, input_ids=ids, attention_mask=mask, max_new_tokens=5, prefill_chunk=4)
+    assert chunks.sequences.tolist() == expected.tolist()
+    assert "prefill_chunk" in chunks.note
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_transformers_own_loop_takes_the_prompt_in_chunks(family, monkeypatch):
+    """As on several ranks, where it is the loop of every model."""
+
+    def unfit(*_):
+        raise Unfit("there is no reason")
+
+    model = tiny_model(family)
+    ids, mask = batch()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    monkeypatch.setattr("moerunner.generate.text._by_our_loop", unfit)
+    widths = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    made = generate(model, input_ids=ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0, prefill_chunk=8)
+    assert made.sequences.tolist() == expected.tolist()
+    assert widths == [8, 8, 5, 1, 1, 1, 1]
+    assert made.note == "Transformers' own loop: there is no reason"
 
 
 def test_a_search_of_transformers_own_runs_in_its_own_loop(model, tokenizer):

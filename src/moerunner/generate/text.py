@@ -16,7 +16,7 @@ from moerunner.generate.loop import Loop, no_numbers
 from moerunner.generate.rows import Rows
 from moerunner.models.decoding import fused
 from moerunner.models.decoding.attention import NAME
-from moerunner.models.decoding.cache import Unfit, static_cache
+from moerunner.models.decoding.cache import MULTIPLE, Unfit, static_cache
 from moerunner.parallel.group import TorchComm
 from moerunner.parallel.layout import BoundLayout
 
@@ -98,7 +98,8 @@ def generate(
         seed: makes sampling repeatable; PyTorch's seed is set to it.
         stop: texts at which a prompt's continuation ends; they are its last words.
         chat: a text is the message of a user, put into the tokenizer's chat template.
-        prefill_chunk: so many tokens of the prompts go through the model at once; None: all. Less memory, the same result.
+        prefill_chunk: so many tokens of the prompts go through the model at once; None: all. Less memory, the same result. A
+            model whose state that would change takes them all at once, and `Generated.note` says so.
         stream: called with each piece of text as soon as its words are complete; for a list of prompts with the prompt's place
             in the list and the piece, and with an empty piece when that text ends.
         layout: of a model on several ranks, all of which call this with the same prompt. Rank 0 decides: its scores of each
@@ -157,6 +158,10 @@ def generate(
             decode, note = "CUDA graph" if loop.captured else "Python", loop.note
         except Unfit as reason:
             decode, note = "Transformers", f"Transformers' own loop: {reason}"
+            if prefill_chunk is not None and _takes_chunks(model):
+                how["prefill_chunk_size"] = prefill_chunk
+            elif prefill_chunk is not None:
+                note += "; the prompt goes through it at once, prefill_chunk or not"
             how["logits_processor"] = [_numbers, *how.get("logits_processor", [])]
             how["streamer"] = rows if config.num_beams == 1 else None
             try:
@@ -246,6 +251,16 @@ def _by_our_loop(
         if rows.began:
             raise
         raise Unfit(f"it fails with a static cache ({type(error).__name__}: {error})") from error
+
+
+def _takes_chunks(model: Any) -> bool:
+    """Whether a prompt may go through Transformers' own loop in parts: other state than keys and values of all tokens is, in
+    much of its code, begun anew by each part."""
+    try:
+        static_cache(model, MULTIPLE)
+    except Unfit:
+        return False
+    return True
 
 
 def _why_not(model: Any) -> str | None:

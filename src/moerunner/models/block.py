@@ -283,7 +283,7 @@ class PatchedForward:
         if "logits" in family.returns:
             tensors = self.source().tensors
             rows = x.reshape(-1, x.shape[-1])
-            chosen["router_logits"] = gate_logits(rows, tensors["gate"], tensors.get("gate_bias"), spec.routing)
+            chosen["router_logits"] = wide(gate_logits(rows, tensors["gate"], tensors.get("gate_bias"), spec.routing))
         if "ids" in given:
             return (), {"topk": self._choice(given["weights"], given["ids"])}
         if router is None:

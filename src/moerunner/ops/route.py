@@ -21,9 +21,9 @@ _FEW = 1 << 14  # keys up to which one stable sort is cheaper than ten small ste
 
 
 def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: RoutingSpec, product: Product = linear) -> Tensor:
-    """The gate's product, [T, num_logits] in float32 (float64 for float64 tokens)."""
+    """The gate's product, [T, num_logits] in float32 (float64 for float64 tokens), or in the tokens' if the model has it so."""
     if routing.logits_dtype == "model":
-        return wide(product(x_TH, weight, bias))
+        return product(x_TH, weight, bias)
     x = wide(x_TH)
     w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not torch.is_autocast_enabled(x.device.type):

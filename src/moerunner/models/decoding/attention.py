@@ -1,7 +1,8 @@
-"""Attention of one token over a static cache, for a Transformers that copies keys and values once for every query head.
+"""Attention of one token over a static cache: no copy of keys and values, and one mask for all layers.
 
-Under a mask, and a static cache always has one, older releases repeat the keys and values of each group of heads in memory.
-Heads of a group read the same keys: seen as queries of one head they need no copy. Later releases do so themselves.
+Under a mask, and a static cache always has one, older releases of Transformers repeat the keys and values of each group of
+heads in memory. Heads of a group read the same keys: seen as queries of one head they need no copy, and later releases do so
+too. PyTorch turns a mask of truths into numbers to add at each call, in three launches; here the first layer does it for all.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 NAME = "moerunner_sdpa"
+_added: Any = WeakIdKeyDictionary()  # what is added to scores for each mask that is alive, by dtype
 
 
 @contextmanager
 def without_copies(model: nn.Module) -> Iterator[None]:
     """Inside, the model's scaled-dot-product attention copies nothing for a single token."""
-    from transformers.integrations import sdpa_attention
-
-    configs = {} if hasattr(sdpa_attention, "pack_gqa") else _configs(model)
+    configs = _configs(model)
     if configs:
         _register()
     try:
@@ -46,12 +48,15 @@ def attend(
 
     query: [B, heads, T, D]. key, value: [B, groups, L, D]. Gives [B, T, heads, D].
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations import sdpa_attention
 
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = _to_add(attention_mask, query.dtype)
     heads, groups = query.shape[1], key.shape[1]
-    shared = attention_mask is not None and attention_mask.shape[1] == 1 and kwargs.get("position_bias") is None
-    if query.shape[2] != 1 or heads == groups or not shared:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    packs = hasattr(sdpa_attention, "pack_gqa") or kwargs.get("position_bias") is not None
+    if packs or query.shape[2] != 1 or heads == groups or attention_mask is None or attention_mask.shape[1] != 1:
+        own = sdpa_attention.sdpa_attention_forward
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     out = nn.functional.scaled_dot_product_attention(
         query.reshape(query.shape[0], groups, heads // groups, query.shape[-1]),
         key,
@@ -61,6 +66,14 @@ def attend(
         scale=scaling,
     )
     return out.reshape(out.shape[0], 1, heads, value.shape[-1]), None
+
+
+def _to_add(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What PyTorch makes of a mask of truths, made once for as long as the mask lives: the layers of a step share it."""
+    made = _added.setdefault(mask, {})
+    if dtype not in made:
+        made[dtype] = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return made[dtype]
 
 
 def _configs(model: nn.Module) -> dict[int, Any]:

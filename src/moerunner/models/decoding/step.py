@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moerunner.models.decoding.uploads import Uploads
+
 _TOLERANCE = 2e-2  # of the largest logit, between the graph and the same step from Python; a stale count says more
 
 
@@ -31,6 +33,7 @@ class Step:
         self._positions = None if positions is None else positions[..., -1:].clone()
         self._wanted, self.captured, self.note = capture, False, ""
         self._graph: Any = None
+        self._uploads = Uploads()
         self._logits = torch.empty(0)
 
     def capture(self) -> None:
@@ -62,14 +65,16 @@ class Step:
         Python, and that every later replay would have wrong, shows.
         """
         before, seen = [(t, t.clone()) for t in self._small_state()], self._python_state()
-        logits = self._run()
+        with self._uploads:
+            logits = self._run()
         changed = [name for name, value in self._python_state().items() if seen.get(name) != value]
         if changed:
             self.note = f"the cache counts in Python ({changed[0]})"
             return logits
         after = [(t, t.clone()) for t in self._small_state()]
         try:
-            graph, replayed = recorded(self._run)
+            with self._uploads.reused():
+                graph, replayed = recorded(self._run)
         except (RuntimeError, NotImplementedError) as error:
             self.note = f"the step cannot be captured: {_first_line(error)}"
             _put_back(after)
