@@ -56,6 +56,10 @@ class Work:
     seen: int = 0
     over: bool = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Work:
+        """Itself: Transformers copies a request that lost its place in the cache, and its tokens still go here."""
+        return self
+
     def put(self, item: list[int] | BaseException | None) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.arrivals.put_nowait, item)
