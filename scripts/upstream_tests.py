@@ -39,13 +39,14 @@ def main(families: list[str]) -> int:
 
 
 def record(plain: dict[str, Any], patched: dict[str, Any]) -> int:
-    """Writes and prints what the two runs found. A family's place in the record is that of its last run."""
+    """Writes and prints what the two runs found. A family's place in the record is that of its last run, which it names."""
     before = json.loads(RESULT.read_text())["families"] if RESULT.exists() else {}
-    now = compare(plain["outcomes"], patched["outcomes"])
+    now, where = compare(plain["outcomes"], patched["outcomes"]), surroundings()
     for family, result in now.items():
         result["blocks_patched"] = patched["replaced"].get(family, 0)
+        result["run"] = {key: where[key] for key in ("date", "commit")}
     families = dict(sorted((before | now).items()))
-    RESULT.write_text(json.dumps({"families": families, **surroundings()}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({"families": families, **where}, indent=2) + "\n")
     for reason, count in Counter(patched["left"]).most_common():
         print(f"{count} blocks were not patched: {reason}")
     unexplained = [f"{family}: {d['test']}: {d['message']}" for family in now for d in now[family]["differ"] if "message" in d]

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from tests.cli.conftest import cli  # noqa: F401
+from tests.cli.conftest import cli, saved  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from moerunner import UnsupportedError
-from moerunner.bench import LAYERS, SHAPES, Peaks, Shape, floor_seconds, measure, measure_layer, output, peers
+from moerunner.bench import LAYERS, SHAPES, Peaks, Shape, floor_seconds, measure, measure_layer, peers
 from moerunner.bench import experts as bench
 from moerunner.experts import eager
 from moerunner.values import TopK
@@ -183,7 +182,46 @@ def test_the_picture_and_its_numbers(cli, tmp_path):
     assert all(float(r["eager"]) > 0 for r in rows)
 
 
-def test_the_picture_needs_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UnsupportedError, match="matplotlib is not installed"):
-        output.write_plot(tmp_path / "p.png", [], "")
+@pytest.mark.parametrize(
+    ("option", "file", "code", "words"),
+    [
+        ("--plot", "p.gif", 2, [".png"]),
+        ("--plot", "nowhere/p.png", 2, ["nowhere", "does not exist"]),
+        ("--save", "nowhere/r.json", 2, ["nowhere", "does not exist"]),
+        ("--save", "", 2, ["cannot be written"]),
+        ("--plot", "p.png", 3, ["matplotlib is not installed", "moerunner[plot]"]),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    cli, tmp_path, monkeypatch, option, file, code, words
+):
+    monkeypatch.setattr("moerunner.bench.measure_peaks", lambda *_: pytest.fail("measured"))
+    if code == 3:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = cli("bench", option, tmp_path / file)
+    assert outcome.code == code
+    assert all(word in outcome.err for word in words), outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there(cli, tmp_path):
+    peaks = ("--bandwidth", "1", "--tflops", "1")
+    outcome = cli("bench", "--model", "qwen3-30b", *peaks)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "qwen3-30b-a3b" in outcome.err
+    outcome = cli("bench", "--model", tmp_path, *peaks)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "empty folder" in outcome.err
+
+
+def test_the_picture_of_a_whole_model(cli, saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = ("--batches", "1,2", "--prompts", "8", "--bandwidth", "1", "--tflops", "1", "--only", "grouped_mm,patched")
+    outcome = cli("bench", "--model", saved, *sizes, "--plot", tmp_path / "p.svg", "--save", tmp_path / "p.json")
+    assert outcome.code == 0, outcome.err
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert [(r["step"], r["implementation"]) for r in rows].count(("decode", "patched")) == 2
+    assert all(float(r["python"]) > 0 and float(r["moe"]) for r in rows)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["p.csv", "p.json", "p.svg"]

@@ -220,10 +220,14 @@ def test_a_folder_without_a_tokenizer_of_a_model_for_which_transformers_makes_on
         (["--top-p", "0.5"], ["top_p"]),
         (["--top-k", "5"], ["top_k"]),
         (["--set", "no_such_thing=1"], ["no_such_thing"]),
-        (["--prompts", "/no/such/file"], ["/no/such/file"]),
+        (["--prompts", "/no/such/file"], ["/no/such/file", "--prompts"]),
+        (["--prompts", "/"], ["cannot be read", "--prompts"]),
+        (["--prompts", "BYTES"], ["BYTES", "UTF-8", "byte 1"]),
     ],
 )
-def test_generate_with_options_that_cannot_work(cli, saved, args, words):
+def test_generate_with_options_that_cannot_work(cli, saved, args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BYTES").write_bytes(b"a\xff")
     refused(cli("generate", saved, "abc", *args), 2, *words)
 
 
@@ -280,12 +284,12 @@ def test_route_with_files_that_cannot_be_read_or_written(cli, saved, tmp_path, m
 
 
 def test_a_picture_that_fails_leaves_nothing(cli, saved, tmp_path, monkeypatch):
-    from moerunner.loads import plot
+    from moerunner.cli import files
 
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plot.Path, "replace", fails)
+    monkeypatch.setattr(files.Path, "replace", fails)
     outcome = cli("route", saved, "--tokens", 32, "--plot", tmp_path / "loads.png")
     assert outcome.code == 4
     assert "No space left" in outcome.err

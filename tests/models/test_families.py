@@ -264,3 +264,14 @@ def test_entries_are_data():
     for family in families.TABLE:
         assert dataclasses.replace(family) == family
         assert isinstance(family, Family)
+
+
+def test_an_entry_point_that_raises_anything_harms_nobody(installed, monkeypatch):
+    class Raises(ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("registered twice")
+
+    monkeypatch.setitem(sys.modules, "raises", Raises("raises"))
+    installed.found = (EntryPoint("broken", "raises:FAMILY", registry.GROUP),)
+    with pytest.warns(UserWarning, match="raises:FAMILY.*RuntimeError: registered twice"):
+        assert registry.of_model_type("mixtral") is not None

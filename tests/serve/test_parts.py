@@ -14,7 +14,7 @@ from moerunner.models.checkpoint import read_tokenizer
 from moerunner.serve import Limits, engine_for
 from moerunner.serve.alone import Alone
 from moerunner.serve.batching import Batching, check
-from moerunner.serve.sampling import choose, narrowed
+from moerunner.serve.sampling import choose, narrowed, weighed
 from moerunner.serve.text import Pieces
 from moerunner.serve.work import Wanted, Work, ends_of
 
@@ -99,6 +99,22 @@ def test_a_seed_and_a_position_fix_a_draw():
     assert torch.equal(first.flip(0), choose(logits, wanted, list(range(64))[::-1]))
 
 
+def test_penalties_are_taken_once_and_for_each_time_and_of_their_own_row_only():
+    logits = torch.randn(4, 6)
+    wanted = [
+        Wanted([1], 1, presence=0.5, frequency=0.25),
+        Wanted([1], 1),
+        Wanted([1], 1, bias=((3, 2.0), (0, -1.0))),
+        Wanted([1], 1, frequency=-1.0, bias=((5, 1.0),)),
+    ]
+    change = weighed(logits, wanted, [[2, 4, 2, 2], [2, 2], [], [5]]) - logits
+    expected = torch.zeros(4, 6)
+    expected[0, 2], expected[0, 4] = -0.5 - 3 * 0.25, -0.5 - 0.25
+    expected[2, 3], expected[2, 0] = 2.0, -1.0
+    expected[3, 5] = 2.0
+    assert torch.allclose(change, expected, atol=1e-6)
+
+
 # ---- engines
 
 
@@ -150,6 +166,37 @@ def test_both_engines_write_the_same(model, batching):
     finally:
         alone.stop()
     assert alone.problem() == "stopped"
+
+
+def test_penalties_and_probabilities_are_those_of_the_model(model, batching):
+    """Each step again from the whole text: the token is the likeliest after the penalty, its probability the model's own."""
+    ask = Wanted([521, 3974, 343], 24, temperature=0.0, presence=0.5, frequency=0.5, logprobs=2)
+
+    async def ask_it(engine):
+        work = Work(f"scored by {engine.name}", ask, asyncio.get_running_loop())
+        engine.submit(work)
+        while (item := await asyncio.wait_for(work.arrivals.get(), 60)) is not None:
+            assert isinstance(item, list), item
+        return work.scores
+
+    alone = Alone(model, capacity=512)
+    alone.start()
+    try:
+        for engine in (alone, batching):
+            scores = asyncio.run(ask_it(engine))
+            tokens = [score.id for score in scores]
+            assert len(tokens) == 24
+            with torch.no_grad():
+                logits = model(torch.tensor([ask.prompt + tokens[:-1]])).logits[0, len(ask.prompt) - 1 :]
+            for i, (score, own) in enumerate(zip(scores, logits, strict=True)):
+                counts = torch.tensor(tokens[:i], dtype=torch.long).bincount(minlength=len(own))
+                left = own - 0.5 * (counts > 0) - 0.5 * counts
+                assert left[score.id] >= left.max() - 1e-3
+                assert score.logprob == pytest.approx(float(own.log_softmax(-1)[score.id]), abs=1e-3)
+                values = own.log_softmax(-1).topk(2).values.tolist()
+                assert [value for _, value in score.likeliest] == pytest.approx(values, abs=1e-3)
+    finally:
+        alone.stop()
 
 
 @pytest.mark.parametrize("kind", ["batching", "alone"])

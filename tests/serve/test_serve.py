@@ -130,6 +130,86 @@ def test_a_seed_repeats_a_draw_whatever_the_company(client):
         assert list(together.map(ask, range(4))) == first
 
 
+def test_several_texts_of_one_prompt_are_those_of_the_next_seeds(client):
+    draw = {"model": "demo", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.0}
+    alone = [client.completions.create(**draw, seed=5 + i) for i in range(3)]
+    made = client.completions.create(**draw, seed=5, n=3)
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    assert [choice.text for choice in made.choices] == [one.choices[0].text for one in alone]
+    assert made.usage.prompt_tokens == 5
+    assert made.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    free = client.completions.create(**draw, n=8)
+    assert len({choice.text for choice in free.choices}) > 1
+
+
+def test_several_prompts_in_one_request(client, expected):
+    prompts = ["class A", PROMPT, "import "]
+    draw = {"model": "demo", "max_tokens": 24, "temperature": 0}
+    alone = [client.completions.create(**draw, prompt=prompt) for prompt in prompts]
+    made = client.completions.create(**draw, prompt=prompts, n=2)
+    assert [choice.text for choice in made.choices] == [one.choices[0].text for one in alone for _ in range(2)]
+    assert [choice.index for choice in made.choices] == list(range(6))
+    assert made.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone)
+    ids = [_tokenizer()(prompt)["input_ids"] for prompt in prompts]
+    assert client.completions.create(**draw, prompt=ids).choices[1].text == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_stream_of_several_texts(client, kind):
+    draw = {"model": "demo", "max_tokens": 16, "temperature": 1.0, "seed": 5, "n": 3}
+    if kind == "text":
+        create, draw = client.completions.create, draw | {"prompt": PROMPT}
+    else:
+        create, draw = client.chat.completions.create, draw | {"messages": [{"role": "user", "content": PROMPT}]}
+    whole = create(**draw)
+    texts, ends = ["", "", ""], [[], [], []]
+    *chunks, last = create(**draw, stream=True, stream_options={"include_usage": True})
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert not ends[choice.index], "nothing comes behind the end"
+        texts[choice.index] += choice.text if kind == "text" else choice.delta.content or ""
+        ends[choice.index] += [choice.finish_reason] if choice.finish_reason else []
+    assert texts == [choice.text if kind == "text" else choice.message.content for choice in whole.choices]
+    assert ends == [[choice.finish_reason] for choice in whole.choices]
+    assert last.usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_bias_and_penalties_change_the_choice(client, expected):
+    first = _tokenizer()(PROMPT + expected)["input_ids"][5]
+    draw = {"model": "demo", "prompt": PROMPT, "temperature": 0}
+    forced = client.completions.create(**draw, max_tokens=4, logit_bias={str(first): 100})
+    assert forced.choices[0].text == _tokenizer().decode([first] * 4)
+    banned = client.completions.create(**draw, max_tokens=4, logit_bias={str(first): -100}, logprobs=0)
+    assert banned.choices[0].logprobs.tokens[0] != _tokenizer().decode([first])
+    more = client.completions.create(**draw, max_tokens=60, frequency_penalty=2.0, presence_penalty=2.0, logprobs=0)
+    plain = client.completions.create(**draw, max_tokens=60, logprobs=0)
+    assert len(set(more.choices[0].logprobs.tokens)) > len(set(plain.choices[0].logprobs.tokens))
+
+
+def test_probabilities_of_the_tokens(client, expected):
+    draw = {"model": "demo", "max_tokens": 24, "temperature": 0}
+    made = client.completions.create(**draw, prompt=PROMPT, logprobs=3).choices[0]
+    found = made.logprobs
+    assert "".join(found.tokens) == made.text == expected
+    assert [made.text[at : at + len(word)] for at, word in zip(found.text_offset, found.tokens, strict=True)] == found.tokens
+    assert all(max(likely.values()) == own for own, likely in zip(found.token_logprobs, found.top_logprobs, strict=True))
+    assert all(0 > own > -10 for own in found.token_logprobs)
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 3}
+    said = client.chat.completions.create(**draw, **chat).choices[0].logprobs.content
+    assert [one.token for one in said] == found.tokens
+    assert [one.logprob for one in said] == pytest.approx(found.token_logprobs, abs=1e-4)
+    assert all(bytes(one.bytes).decode() == one.token for one in said)
+    assert all(len(one.top_logprobs) == 3 and one.top_logprobs[0].token == one.token for one in said)
+    chunks = client.chat.completions.create(**draw, **chat, stream=True)
+    pieces = [one.token for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content]
+    assert pieces == found.tokens
+    heat = draw | {"temperature": 2.0, "seed": 1, "max_tokens": 8}
+    drawn = client.completions.create(**heat, prompt=PROMPT, logprobs=0).choices[0].logprobs
+    assert [len(likely) for likely in drawn.top_logprobs] == [1] * 8
+    assert [[own] for own in drawn.token_logprobs] == [list(likely.values()) for likely in drawn.top_logprobs]
+
+
 def test_a_narrow_choice_is_greedy(client, expected):
     for narrow in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-9}):
         made = client.completions.create(model="demo", prompt=PROMPT, max_tokens=24, temperature=1.5, **narrow)
@@ -200,7 +280,10 @@ CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
         ({"prompt": 3}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a", "half of a pair \ud800"]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": ["a"] * (RUNNING + WAITING + 1)}, "n"),
         ({"prompt": [1, 10**6]}, "prompt"),
         ({"prompt": [1, -1]}, "prompt"),
         ({"prompt": [10**30]}, "prompt"),
@@ -218,12 +301,19 @@ CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
         ({"stop": [""]}, "stop"),
         ({"stop": 7}, "stop"),
         ({"stream": "yes"}, "stream"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": RUNNING + WAITING + 1}, "n"),
+        ({"n": 10**9}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"echo": True}, "echo"),
-        ({"logprobs": 1}, "logprobs"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
+        ({"logit_bias": {"a word": 1.0}}, "logit_bias"),
+        ({"logit_bias": {str(10**6): 1.0}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1.0}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"no_such_field": 1}, "no_such_field"),
     ],
     ids=str,
@@ -243,7 +333,8 @@ def test_a_bad_field_is_named(server, change, param):
         ({"messages": [{"role": "user", "content": "please refuse"}]}, "it says refuse"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, ""),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"top_logprobs": 5}, "logprobs to be true"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ],
@@ -334,16 +425,16 @@ def post(server, body):
 LONG = {"prompt": PROMPT, "max_tokens": 450, "temperature": 0}
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_work(server, stream):
+@pytest.mark.parametrize(("stream", "texts"), [(True, 1), (False, 1), (True, 3), (False, 3)])
+def test_a_client_that_leaves_ends_its_work(server, stream, texts):
     before = server.metric("moerunner_requests_total", status=499)
     written = server.metric("moerunner_generated_tokens_total")
-    wire = post(server, LONG | {"stream": stream})
+    wire = post(server, LONG | {"stream": stream, "n": texts})
     until(lambda: server.metric("moerunner_generated_tokens_total") > written)
     wire.close()
     until(lambda: server.metric("moerunner_requests_total", status=499) == before + 1)
-    until(lambda: server.metric("moerunner_requests_running") == 0)
-    assert server.metric("moerunner_generated_tokens_total") - written < 450
+    until(lambda: server.metric("moerunner_requests_running") + server.metric("moerunner_requests_waiting") == 0)
+    assert server.metric("moerunner_generated_tokens_total") - written < 450 * texts
     assert server.ask("/v1/completions", GOOD)[0] == 200
 
 

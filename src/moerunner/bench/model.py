@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moerunner.bench.shapes import Peaks, measure_peaks
 from moerunner.errors import SpecError, UnsupportedError
 from moerunner.models import load, patch, unpatch
+from moerunner.models.checkpoint import read_recipe
 from moerunner.models.decoding import fused
 from moerunner.models.decoding.cache import Unfit, static_cache
 from moerunner.models.decoding.step import Step
@@ -88,7 +89,7 @@ def measure(
         `prefill` has tokens and `python` in their place.
 
     Raises:
-        SpecError: an unknown implementation or name.
+        SpecError: an unknown implementation or name. Others as `load` does.
     """
     chosen = tuple(implementations or IMPLEMENTATIONS)
     unknown = [name for name in chosen if name not in IMPLEMENTATIONS]
@@ -134,9 +135,12 @@ def build(config_or_path: Any, *, layers: int | None, dtype: torch.dtype, device
     if named:
         config = AutoConfig.for_model(**MODELS[config_or_path])
     elif isinstance(config_or_path, str | Path):
-        if layers is None and any(Path(config_or_path).glob("*.safetensors")):
-            return load(config_or_path, dtype=dtype, device=device)
-        config = AutoConfig.from_pretrained(config_or_path, local_files_only=True)
+        folder = Path(config_or_path)
+        if not folder.exists():
+            raise SpecError(f"is neither a folder nor one of {', '.join(MODELS)}", where=str(folder))
+        if layers is None and any(folder.glob("*.safetensors")):
+            return load(folder, dtype=dtype, device=device)
+        config = read_recipe(folder, quantised=True).config
     else:
         config = copy.deepcopy(config_or_path)
     if layers is not None:
@@ -322,13 +326,21 @@ def _width(spec: MoESpec) -> float:
     return statistics.mean(size) if isinstance(size, tuple) else size
 
 
-def plot(found: dict[str, Any], path: str | Path) -> None:
-    """Bars of the shares of every row, with the floor as a line across."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        step = "pip install 'moerunner[plot]'"
-        raise UnsupportedError("matplotlib is not installed", where="plot", next_step=step) from error
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was found, a flat row for each step and implementation: seconds, and those of each part."""
+    return [
+        {"step": step, **{name: value for name, value in row.items() if name != "share"}, **row.get("share", {})}
+        for step in ("decode", "prefill")
+        for row in found[step]
+    ]
+
+
+def draw(found: dict[str, Any], suffix: str = ".png") -> bytes:
+    """The picture, as the bytes of a file of this kind: bars of the shares of every row, with the floor as a line across."""
+    import io
+
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -347,5 +359,7 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
         panel.legend()
     figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['dtype']}, {found['device']}; line: floor")
     figure.tight_layout()
-    figure.savefig(path)
+    out = io.BytesIO()
+    figure.savefig(out, format=suffix.lstrip("."))
     pyplot.close(figure)
+    return out.getvalue()

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from moerunner.bench.experts import Measured
-from moerunner.errors import UnsupportedError
 
 
-def write_csv(path: Path, results: Sequence[Measured]) -> None:
-    """One line per measurement, the fields of `Measured` and the ratio to the floor."""
-    rows = [m.to_dict() for m in results]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["shape"])
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each row, below the names of all fields."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
-def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
-    """A panel per shape and routing, both axes logarithmic; the floor is the dashed line below which nothing can be.
+def draw(results: Sequence[Measured], title: str, suffix: str = ".png") -> bytes:
+    """The picture, as the bytes of a file of this kind: a panel per shape and routing, both axes logarithmic; the floor is
+    the dashed line below which nothing can be."""
+    import matplotlib
 
-    Raises:
-        UnsupportedError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot, ticker
-    except ImportError as error:
-        next_step = "pip install 'moerunner[plot]'"
-        raise UnsupportedError("matplotlib is not installed", where="bench --plot", next_step=next_step) from error
     panels = list(dict.fromkeys((m.shape, m.routing) for m in results))
     names = sorted(dict.fromkeys(m.implementation for m in results), key=lambda n: [not _ours(n, results), n])
     columns = min(3, len(panels))
@@ -62,8 +56,10 @@ def write_plot(path: Path, results: Sequence[Measured], title: str) -> None:
     figure.legend(handles.values(), handles, loc="lower center", ncols=2 * columns, frameon=False)
     rows = -(-len(handles) // (2 * columns))
     figure.tight_layout(rect=(0, (0.15 + 0.23 * rows) / figure.get_figheight(), 1, 1 - 0.3 / figure.get_figheight()))
-    figure.savefig(path, dpi=130)
+    out = io.BytesIO()
+    figure.savefig(out, format=suffix.lstrip("."), dpi=130)
     pyplot.close(figure)
+    return out.getvalue()
 
 
 def _ours(name: str, results: Sequence[Measured]) -> bool:

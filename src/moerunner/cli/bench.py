@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli import files
 from moerunner.cli.shell import (
     MISMATCH,
     OK,
@@ -48,7 +49,7 @@ def run(
     tflops: Annotated[float | None, typer.Option(min=1e-6, help="Of large products; measured if not given.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, help="Begin no measurement after so many seconds.")] = None,
     save: Annotated[Path | None, typer.Option(help="JSON file, written after every measurement.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file of time against tokens; a CSV file is written beside it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw into this .png, .svg or .pdf, with a .csv beside it.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     seed: SeedOption = 0,
@@ -61,6 +62,7 @@ def run(
     GPU and float32 on a CPU unless another is given.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
+    save, plot = save and files.to_write(save), plot and files.picture(plot)
     device = torch_device(device)
     counts = None if tokens is None else [count(t) for t in tokens.split(",")]
     import torch
@@ -110,8 +112,8 @@ def run(
         raise SpecError(f"none of {only} runs here", where="--only", next_step="Run without it to see who does")
     if plot is not None and session.results:
         what = "MoE layers" if layer else "Routed experts"
-        output.write_plot(plot, session.results, f"{what}\n{session.title}")
-        output.write_csv(plot.with_suffix(".csv"), session.results)
+        files.write(plot, output.draw(session.results, f"{what}\n{session.title}", plot.suffix.lower()))
+        files.write(plot.with_suffix(".csv"), output.csv_of([m.to_dict() for m in session.results]))
         screen.say(f"written: {plot} and {plot.with_suffix('.csv')}")
     found = session.found()
     return Answer(found, OK if found["ok"] else MISMATCH)
@@ -119,7 +121,7 @@ def run(
 
 def _whole(screen: Screen, name: str, save: Path | None, plot: Path | None, **how: Any) -> Answer:
     """The benchmark of a whole model: printed, saved and drawn."""
-    from moerunner.bench import model
+    from moerunner.bench import model, output
     from moerunner.env import collect
 
     with screen.progress(f"{name}: decode and prefill"):
@@ -136,10 +138,11 @@ def _whole(screen: Screen, name: str, save: Path | None, plot: Path | None, **ho
             if row.get("note"):
                 screen.say(f"{row['implementation']}, {what} {row.get(size, '')}: {row['note']}")
     if save is not None:
-        save.write_text(jsonlib.dumps(found, indent=1) + "\n")
+        files.write(save, jsonlib.dumps(found, indent=1) + "\n")
     if plot is not None:
-        model.plot(found, plot)
-        screen.say(f"written: {plot}")
+        files.write(plot, model.draw(found, plot.suffix.lower()))
+        files.write(plot.with_suffix(".csv"), output.csv_of(model.rows(found)))
+        screen.say(f"written: {plot} and {plot.with_suffix('.csv')}")
     return Answer(found, OK)
 
 
@@ -182,7 +185,7 @@ class Session:
             mine += cell
             self.results += cell
             if self._save is not None:
-                self._save.write_text(jsonlib.dumps(self.found(), indent=1) + "\n")
+                files.write(self._save, jsonlib.dumps(self.found(), indent=1) + "\n")
         return mine
 
     def found(self) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli import files
 from moerunner.cli.ranks import DpOption, EpOption, TimeoutOption, TpOption, bound_layout, device_of_rank
 from moerunner.cli.shell import (
     Answer,
@@ -127,8 +127,7 @@ class InTurn:
 
 def lines_of(file: str) -> list[str]:
     """The lines of a text file that are not empty."""
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in files.text_of(file, "--prompts").splitlines() if line.strip()]
 
 
 def parameter(text: str) -> tuple[str, Any]:

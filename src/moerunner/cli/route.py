@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moerunner.cli import files
 from moerunner.cli.drawing import show_loads
 from moerunner.cli.generate import load_tokenizer, refuse_without_a_block
 from moerunner.cli.shell import (
@@ -44,11 +44,11 @@ def run(
     """Show how the experts of each layer share the tokens of a text: load, imbalance, and experts chosen together."""
     quiet_transformers()
     from moerunner.loads import measure
-    from moerunner.loads.plot import check_suffix, draw, write
+    from moerunner.loads.plot import draw
     from moerunner.models import load
     from moerunner.models.inspection import inspect as look
 
-    picture = None if plot is None else check_suffix(plot)
+    picture = None if plot is None else files.picture(plot)
     words, sample = read(text)
     weights, where = torch_dtype(dtype), torch_device(device)
     refuse_without_a_block(look(path, dtype=weights, device=where), None)
@@ -65,7 +65,7 @@ def run(
     show_loads(screen, found.layers)
     screen.heading("Experts that are chosen together, against chance")
     screen.table(["layer", "experts at work", "idle", "pairs with the strongest bond"], rows(found), numbers=False, wrap=True)
-    files: list[str] = []
+    written: list[str] = []
     if picture is not None:
         made = {
             picture: draw(found, picture.suffix.lower()),
@@ -73,10 +73,10 @@ def run(
             picture.with_suffix(".pairs.csv"): found.pairs_csv(),
         }
         for file, content in made.items():
-            write(file, content)
-        files = [str(file) for file in made]
-        screen.say(f"\nwritten: {', '.join(files)}")
-    return Answer({"ok": True, **found.to_dict(), "files": files})
+            files.write(file, content)
+        written = [str(file) for file in made]
+        screen.say(f"\nwritten: {', '.join(written)}")
+    return Answer({"ok": True, **found.to_dict(), "files": written})
 
 
 def read(file: str | None) -> tuple[str, str]:
@@ -85,15 +85,7 @@ def read(file: str | None) -> tuple[str, str]:
         import moerunner.loads.measure
 
         return inspect.getsource(moerunner.loads.measure), "moerunner's own source"
-    name = "stdin" if file == "-" else file
-    try:
-        if file == "-":
-            return sys.stdin.buffer.read().decode("utf-8"), name
-        return Path(file).read_text(encoding="utf-8"), Path(file).name
-    except UnicodeDecodeError as error:
-        raise SpecError(f"is not text in UTF-8: {error.reason} at byte {error.start}", where=name) from error
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror}", where=name, next_step="Give --text an existing file") from error
+    return files.text_of(file, "--text"), "stdin" if file == "-" else Path(file).name
 
 
 def rows(found: Any) -> list[list[str]]:

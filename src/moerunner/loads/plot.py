@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
-from moerunner.errors import SpecError, UnsupportedError
 from moerunner.loads.measure import LayerLoads, Loads
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _SHOWN = 4  # layers whose pairs are drawn
 _INK, _FAINT, _BAR = "#222222", "#888888", "#4c78a8"
 
 
-def check_suffix(path: str | Path) -> Path:
-    """The path of a picture that can be written. Raises `SpecError` if it cannot."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise SpecError(f"must end in {', '.join(SUFFIXES)}", where=str(path), next_step="Name a picture, such as loads.png")
-    if not path.parent.is_dir():
-        raise SpecError("its folder does not exist", where=str(path), next_step=f"Make {path.parent} first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SpecError("cannot be written", where=str(path), next_step="Name another file")
-    return path
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """The whole file or nothing: it is written beside its place and moved there."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def draw(loads: Loads, suffix: str = ".png") -> bytes:
     """The picture, as the bytes of a file of this kind. A cell of the heat map is 1 where all experts have the same load."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnsupportedError(
-            "matplotlib is not installed", where="the plot", next_step="pip install 'moerunner[plot]'"
-        ) from error
     import io
+
+    import matplotlib
 
     matplotlib.use("agg")
     style: Any = {"svg.fonttype": "none", "font.size": 9, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}

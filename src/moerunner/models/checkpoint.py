@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from moerunner.errors import CheckpointError, MoEError, UnsupportedError
+from moerunner.models import registry
 from moerunner.models.tensorfile import Stored, read_header
 
 CONFIG, GENERATION, ONE_FILE = "config.json", "generation_config.json", "model.safetensors"
@@ -56,10 +57,12 @@ def read_recipe(path: Path, *, quantised: bool = False) -> Recipe:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError("names no model_type", where=str(file))
     kind = raw["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
+    if not registry.transformers_knows(kind):
         own = "; code from a checkpoint is never run" if "auto_map" in raw else ""
         raise UnsupportedError(
-            f"the model_type {kind!r} is not one that Transformers {transformers.__version__} knows{own}", where=str(file)
+            f"the model_type {kind!r} is not one that Transformers {transformers.__version__} knows{own}",
+            where=str(file),
+            next_step="moerunner families lists what runs, docs/add-a-family.md says how a package adds a model",
         )
     method = _quantised(raw)
     if method and not quantised:

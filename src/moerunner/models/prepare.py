@@ -171,6 +171,8 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
             _check_tensor(tensor, view, one)
             held.setdefault(path, []).append(one)
     router = family.router.path if family.router is not None else None
+    if router is not None and not isinstance(reach(block, router), nn.Module):
+        raise UnsupportedError(f"it has no router {router}")
     parts = []
     for path, module in block.named_modules():
         _check_kind(block, path, type(module))
@@ -181,10 +183,16 @@ def _parts(block: nn.Module, family: Family, shapes: dict[str, tuple[int, ...]])
 
 
 def _check_kind(block: nn.Module, path: str, kind: type) -> None:
-    """Adapters and quantisers put classes of their own in place of the model's; a runner would pass over what they do."""
+    """Adapters and quantisers put classes of their own in place of the model's; a runner would pass over what they do.
+
+    Its own are, in Transformers, those of the model's package; elsewhere all of the same program, and Transformers' models.
+    """
     owner = registry.forward_owner(kind)
-    home = registry.forward_owner(type(block)).__module__.rpartition(".")[0]
-    if owner.__module__.rpartition(".")[0] != home and not owner.__module__.startswith(_PLAIN_MODULES):
+    theirs, home = owner.__module__, registry.forward_owner(type(block)).__module__
+    own = theirs.rpartition(".")[0] == home.rpartition(".")[0]
+    if not home.startswith("transformers."):
+        own |= theirs.partition(".")[0] == home.partition(".")[0] or theirs.startswith("transformers.models.")
+    if not own and not theirs.startswith(_PLAIN_MODULES):
         raise UnsupportedError(f"{path} is a {owner.__module__}.{owner.__qualname__}, not the model's own module")
 
 

@@ -53,6 +53,14 @@ def of_model_type(model_type: str) -> Family | None:
     return next((f for f in registered() if model_type in (f.name, *f.aliases)), None)
 
 
+def transformers_knows(model_type: str) -> bool:
+    """Whether Transformers has a config for it, by itself or from a package that brings a family."""
+    from transformers import CONFIG_MAPPING
+
+    _load_plugins()
+    return model_type in CONFIG_MAPPING
+
+
 def why_not(block: type) -> str:
     """Why a block that looks like a mixture of experts has no family."""
     owner = forward_owner(block)
@@ -73,11 +81,11 @@ def _load_plugins() -> None:
     for point in entry_points(group=GROUP):
         try:
             loaded: Any = point.load()
-        except (ImportError, AttributeError) as error:
-            warnings.warn(f"the entry point {point.value!r} in {GROUP} does not load: {error}", stacklevel=2)
-            continue
-        for family in loaded if isinstance(loaded, Iterable) else (loaded,):
-            register(family)
+            for family in loaded if isinstance(loaded, Iterable) else (loaded,):
+                register(family)
+        except Exception as error:  # noqa: BLE001 - another's code, which must not stop what does not need it
+            what = f"the entry point {point.value!r} in {GROUP} does not load: {type(error).__name__}: {error}"
+            warnings.warn(what, stacklevel=2)
 
 
 for _family in TABLE:

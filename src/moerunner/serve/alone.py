@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moerunner.serve.sampling import choose, only
+from moerunner.serve.sampling import draw
 from moerunner.serve.work import Work
 
 
@@ -67,7 +67,7 @@ class Alone:
         wanted, begun = work.wanted, len(work.wanted.prompt)
 
         def sample(input_ids: Tensor, scores: Tensor) -> Tensor:
-            return only(choose(scores, [wanted], [input_ids.shape[1] - begun]), scores)
+            return draw(scores, [work], [input_ids[0, begun:].tolist()])
 
         def enough(input_ids: Tensor, scores: Any) -> Tensor:
             new = input_ids[0, begun + work.seen :].tolist()

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.logits_process import LogitsProcessorList
 
 from moerunner.errors import UnsupportedError
-from moerunner.serve.sampling import choose, only
+from moerunner.serve.sampling import draw
 from moerunner.serve.work import Wanted, Work
 
 PAGE = 32  # tokens in a page of the cache: small ones waste less at the end of a text
@@ -35,25 +35,27 @@ _PROBE = 6  # tokens that the start compares with `generate`
 class Sampling(processors.ContinuousBatchingLogitsProcessor):
     """Leaves one token for each row of a batch: the one that its request's own rule chose."""
 
-    supported_kwargs = {"wanted": Wanted}
+    supported_kwargs = {"work": Work}
     ignored_kwargs = ()
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Wanted, int]] = []
+        self._rows: list[tuple[Work, list[int]]] = []
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         states = [request.state for request in requests_with_new_token]
+        works = [state.logit_processor_kwargs["work"] for state in states]
         # A request that lost its place in the cache starts again with its own tokens as the end of its prompt.
-        had = [len(s.initial_tokens) + len(s.generated_tokens) - len(s.logit_processor_kwargs["wanted"].prompt) for s in states]
-        self._rows = [(s.logit_processor_kwargs["wanted"], n) for s, n in zip(states, had, strict=True)]
+        before = [s.initial_tokens[len(w.wanted.prompt) :] for s, w in zip(states, works, strict=True)]
+        had = [[*b, *s.generated_tokens] if b else s.generated_tokens for b, s in zip(before, states, strict=True)]
+        self._rows = list(zip(works, had, strict=True))
         return torch.zeros(len(states), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        wanted, had = zip(*self._rows, strict=True)
-        return only(choose(scores, list(wanted), list(had)), scores)
+        works, had = zip(*self._rows, strict=True)
+        return draw(scores, works, had)
 
 
 class Router(api.OutputRouter):
@@ -154,7 +156,7 @@ class Batching:
                 max_new_tokens=work.wanted.max_new_tokens,
                 streaming=True,
                 eos_token_id=sorted(work.wanted.ends) or -1,
-                wanted=work.wanted,
+                work=work,
             )
         # The manager drops what comes while it dies, without a word.
         if manager.background_thread_status.can_accept_new_requests() and self._router.works.pop(work.id, None):

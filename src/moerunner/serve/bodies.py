@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MOST_STOPS = 4
 MOST_MESSAGES = 4096
+MOST_CHOICES = 128
+MOST_LOGPROBS = 20
 
 
 class Refused(Exception):
@@ -63,11 +65,10 @@ class Body(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    # Accepted in the one value that is what happens anyway.
-    n: Literal[1] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # About the caller, not about the text.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -85,15 +86,43 @@ class Body(BaseModel):
     def asked_tokens(self) -> int | None:
         return self.max_tokens
 
+    def count(self) -> int:
+        """Prompts in it."""
+        return 1
+
+    def asked_logprobs(self) -> int | None:
+        """Of how many of the likeliest tokens beside the one written; None: of none at all."""
+        raise NotImplementedError
+
+    def bias(self, vocabulary: int) -> tuple[tuple[int, float], ...]:
+        """What is added to the logits of some token ids."""
+        found = self.logit_bias or {}
+        for key in found:
+            if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocabulary):
+                raise Refused(400, f"{key[:20]!r} is no token: the model has {vocabulary}", param="logit_bias")
+        return tuple((int(key), value) for key, value in found.items())
+
 
 class CompletionBody(Body):
     """Of /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    # Accepted in the one value that is what happens anyway.
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
     suffix: None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
+            return self.prompt  # type: ignore[return-value]
+        return [self.prompt]  # type: ignore[list-item]
+
+    def count(self) -> int:
+        return len(self.prompts())
+
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -140,11 +169,16 @@ class ChatBody(Body):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def asked_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 B = TypeVar("B", bound=Body)
@@ -179,7 +213,7 @@ def _refusal(kind: type[Body], wrong: ValidationError) -> Refused:
     field = ".".join(path) or "body"
     if first["type"] == "extra_forbidden":
         message = f"{field} is not known here; known are {', '.join(sorted(kind.model_fields))}"
-    elif first["type"] in ("literal_error", "none_required", "too_long") or "penalty" in field:
+    elif first["type"] in ("literal_error", "none_required", "too_long"):
         message = f"{field} is not supported with this value: {first['msg']}"
     else:
         message = f"{field}: {first['msg']}"

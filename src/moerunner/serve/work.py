@@ -13,7 +13,9 @@ class Wanted:
     """What a request asks of the model.
 
     prompt: token ids. max_new_tokens: at most so many. temperature: 0 takes the likeliest token. top_p, top_k: narrow the
-    sampling. seed: makes it repeatable, whatever else is in the batch. ends: ids that end the text.
+    sampling. seed: makes it repeatable, whatever else is in the batch. ends: ids that end the text. bias: (id, what is added
+    to its logit). presence, frequency: taken from the logit of a token that has come, once and for each time. logprobs: of
+    the tokens written and of so many likeliest ones; None: of none.
     """
 
     prompt: list[int]
@@ -23,21 +25,40 @@ class Wanted:
     top_k: int = 0
     seed: int | None = None
     ends: frozenset[int] = frozenset()
+    bias: tuple[tuple[int, float], ...] = ()
+    presence: float = 0.0
+    frequency: float = 0.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token that was written: the natural logarithm of the model's own probability of it, and the likeliest (id, same)."""
+
+    id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 @dataclass(eq=False)
 class Work:
     """A request inside an engine. `put` may be called from any thread; `arrivals` is read on the loop.
 
-    arrivals: lists of new token ids, then None at the end, or the error that ended it.
+    arrivals: lists of new token ids, then None at the end, or the error that ended it. scores: of the tokens that have
+    arrived and maybe more, if they were asked for.
     """
 
     id: str
     wanted: Wanted
     loop: asyncio.AbstractEventLoop
     arrivals: asyncio.Queue[list[int] | BaseException | None] = field(default_factory=asyncio.Queue)
+    scores: list[Scored] = field(default_factory=list)
     seen: int = 0
     over: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Work:
+        """Itself: Transformers copies a request that lost its place in the cache, and its tokens still go here."""
+        return self
 
     def put(self, item: list[int] | BaseException | None) -> None:
         if not self.loop.is_closed():

@@ -110,7 +110,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     import transformers
     from transformers import CONFIG_MAPPING
 
-    if family not in CONFIG_MAPPING:
+    if not registry.transformers_knows(family):
         known = registry.of_model_type(family)
         seen = reference.releases(known.name) if known is not None else []
         next_step = f"{seen[0]} to {seen[-1]} have it" if seen else "Name one, such as mixtral or deepseek_v3"
@@ -153,8 +153,10 @@ def _loaded_as(dtype: torch.dtype, model: Any) -> Any:
 
 def _model_class(config: type) -> Any:
     """The class that makes most of a config: with a head where there is one. It lies beside the config, in Transformers."""
-    from transformers import PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
+    if not config.__module__.startswith("transformers.") and config in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[config]
     module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
     models = [c for c in own if issubclass(c, PreTrainedModel) and "forward" in vars(c)]
