@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     )
     from moerunner.experts import fused_experts
     from moerunner.generate import Generated, generate
-    from moerunner.models import Replaced, Report, Skipped, load, load_weights, patch, unpatch
+    from moerunner.models import (
+        Rebalanced,
+        Replaced,
+        Report,
+        Skipped,
+        count_loads,
+        load,
+        load_weights,
+        patch,
+        rebalance,
+        unpatch,
+    )
     from moerunner.parallel import Layout
     from moerunner.plan import Options, Plan, resolve
     from moerunner.runner import MoERunner
@@ -62,6 +73,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RMSNorm",
+    "Rebalanced",
     "ReferenceWarning",
     "Replaced",
     "Report",
@@ -73,11 +85,13 @@ __all__ = [
     "TransformSpec",
     "UnsupportedError",
     "WeightsError",
+    "count_loads",
     "fused_experts",
     "generate",
     "load",
     "load_weights",
     "patch",
+    "rebalance",
     "resolve",
     "unpatch",
 ]
@@ -86,7 +100,7 @@ _HOME = {
     "errors": "CheckpointError DistributedError MoEError PlanError ReferenceWarning SpecError UnsupportedError WeightsError",
     "experts": "fused_experts",
     "generate": "Generated generate",
-    "models": "Replaced Report Skipped load load_weights patch unpatch",
+    "models": "Rebalanced Replaced Report Skipped count_loads load load_weights patch rebalance unpatch",
     "parallel": "Layout",
     "plan": "Options Plan resolve",
     "runner": "MoERunner",

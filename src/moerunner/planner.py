@@ -8,7 +8,6 @@ layouts. Attention is not in them, and neither are its collectives.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from moerunner.errors import CheckpointError, PlanError, SpecError, UnsupportedError
+from moerunner.models.expected import zipf
 from moerunner.models.inspection import Inspection, Kind, inspect
 from moerunner.parallel import Layout
 from moerunner.parallel.balance import imbalance, placement, rank_loads
@@ -110,34 +110,6 @@ def look_up(path: str | None, family: str | None, dtype: torch.dtype | None = No
         return inspect(folder, dtype=dtype or torch.bfloat16)
 
 
-def read_trace(path: str | Path) -> list[list[float]]:
-    """Loads of one or several layers from a JSON file: a list with a number for each expert, a list of such lists, or what
-    `moerunner route --json` prints.
-
-    Raises:
-        SpecError: the file holds something else.
-    """
-    try:
-        data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"is not JSON ({error})", where=str(path)) from error
-    if isinstance(data, dict) and isinstance(data.get("layers"), list):
-        data = [layer.get("load") if isinstance(layer, dict) else layer for layer in data["layers"]]
-    layers: Any = [data] if isinstance(data, list) and data and not isinstance(data[0], list) else data
-    good = isinstance(layers, list) and layers and all(isinstance(row, list) and row for row in layers)
-    if not good or not all(_is_load(n) for row in layers for n in row) or not all(map(any, layers)):
-        what = "is not a list with a load of at least 0 for each expert, some above 0, nor a list of such lists"
-        raise SpecError(what, where=str(path))
-    return layers
-
-
-def zipf(experts: int, skew: float) -> list[float]:
-    """Loads that fall with the rank r of an expert as 1 / r ** skew; 0 is uniform."""
-    if not math.isfinite(skew) or skew < 0:
-        raise SpecError(f"must be at least 0, not {skew}", where="skew")
-    return [(r + 1) ** -skew for r in range(experts)]
-
-
 def estimates(
     found: Inspection,
     ranks: int,
@@ -193,10 +165,6 @@ def reason(best: Estimate, others: Sequence[Estimate]) -> str:
     if second is None:
         return text + "; no other layout fits"
     return text + f"; {second.seconds / best.seconds:.2f} times as long with {second.name}, bound by {words[second.bound]}"
-
-
-def _is_load(n: object) -> bool:
-    return isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) and n >= 0
 
 
 def _layouts(kinds: Sequence[Kind], ranks: int, machine: Machine) -> Iterator[tuple[Layout, str]]:

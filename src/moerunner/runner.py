@@ -14,7 +14,7 @@ from moerunner.parallel.balance import LoadCounter
 from moerunner.parallel.comm import comm_of, on_every_rank
 from moerunner.parallel.cut import local_part
 from moerunner.parallel.layout import BoundLayout, Layout
-from moerunner.parallel.move import rebalanced
+from moerunner.parallel.move import Move, Moves
 from moerunner.parallel.pairs import SlotMap
 from moerunner.plan import Options, resolve
 from moerunner.spec import MoESpec
@@ -130,14 +130,18 @@ class MoERunner(nn.Module):
     def rebalance(self, placement: tuple[tuple[int, ...], ...]) -> None:
         """Moves the experts to another `Layout.placement`, see `parallel.balance.placement`; every rank must call it.
 
-        Results stay as they are. Parameters become new ones without gradients: make the optimizer anew.
+        Results stay as they are. Parameters lose their gradients, and become new ones if they are the runner's own: make the
+        optimizer anew.
         """
-        if self._source is not None:
+        if self._source is not None and not isinstance(self._source, Moves):
             raise UnsupportedError("the experts belong to another module", where="rebalance", next_step="Give it weights")
-        w, self._comm, self._slots = rebalanced(self.layer_weights(), self._comm, self._slots, placement)
-        self._template = register(self, w)
-        self._verbs, self._agreed = {}, set()
-        self.plan = self._resolve(w, bool(self.options.grad)).plan
+        move = Move.to(placement, self._comm, self._slots, self.spec.routing.modalities)
+        if self._source is not None:
+            self._source.move(move)
+        else:
+            self._template = register(self, move.layer(self.layer_weights()))
+        self._comm, self._slots, self._verbs, self._agreed = move.comm, move.after, {}, set()
+        self.plan = self._resolve(self.layer_weights(), bool(self.options.grad)).plan
 
     def layer_weights(self) -> LayerWeights:
         """This rank's tensors as they are now."""

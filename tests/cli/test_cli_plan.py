@@ -8,9 +8,10 @@ import torch
 from tests.cli.test_cli_bad_input import refused
 
 from moerunner import Layout, SpecError
+from moerunner.models.expected import zipf
 from moerunner.models.inspection import inspect
 from moerunner.parallel.balance import imbalance
-from moerunner.planner import Machine, estimates, look_up, reason, zipf
+from moerunner.planner import Machine, estimates, look_up, reason
 
 MACHINE = Machine(nvlink=1e9, net=1e8, hbm=1e10, flops=1e12, memory=1e9, gpus_per_node=4)
 SPEEDS = ("--nvlink", 450, "--net", 50, "--hbm", 4800, "--tflops", 900)

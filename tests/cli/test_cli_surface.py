@@ -75,7 +75,8 @@ SURFACE = {
         "--debug",
     },
     "route": {"path", "--text", "--plot", "--tokens", "--dtype", "--device", "--json", "--debug"},
-    "inspect": {"path", "--ep", "--tp", "--dtype", "--device", "--explain", "--json", "--debug"},
+    "inspect": {"path", "--ep", "--tp", "--dp", "--layout", "--skew", "--trace", "--dtype", "--device", "--explain"}
+    | {"--json", "--debug"},
     "plan": {
         "--ranks",
         "--nvlink",

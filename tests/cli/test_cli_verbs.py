@@ -156,6 +156,37 @@ def test_inspect_explains_the_whole_plan(cli, saved):
     assert "collectives: all_reduce over ep" in outcome.out
 
 
+def test_inspect_says_what_each_rank_holds_and_has_to_do(cli, saved, tmp_path):
+    outcome = cli("inspect", saved, "--ep", 4, "--tp", 2)
+    assert "Expected load (even routing), 1 is the mean" in outcome.out
+    rows = [line.split() for line in outcome.out.partition("1 is the mean")[2].splitlines()]
+    assert [row[:2] for row in rows[2:6]] == [["0-1", "0-1"], ["2-3", "2-3"], ["4-5", "4-5"], ["6-7", "6-7"]]
+    assert {row[-1] for row in rows[2:6]} == {"1.00"}
+    assert "busiest rank, on average over the layers: 1.00" in outcome.out
+    assert "Expected load" not in cli("inspect", saved).out
+
+    trace = tmp_path / "loads.json"
+    trace.write_text(json.dumps([[6, 0, 0, 0, 1, 1, 0, 0], [1] * 8]))
+    told = cli("inspect", saved, "--layout", "ep=2,redundant=2", "--trace", trace).out
+    assert f"Expected load ({trace}), 1 is the mean" in told
+    assert "in model.layers.1.mlp" in told
+    data = parsed(cli("inspect", saved, "--layout", "dp=2,ep=2", "--trace", trace, "--json"))
+    assert (data["layout"]["dp"], data["layout"]["ep"], data["layout"]["world"]) == (2, 2, 4)
+    assert data["load"]["source"] == str(trace)
+    first, second = data["load"]["layers"]
+    assert (first["name"], first["per_ep"], first["busiest"]) == ("model.layers.1.mlp", [1.5, 0.5], 1.5)
+    assert second["per_ep"] == [1, 1]
+    assert first["placed"] == 1.5, "one expert has more than half of the load: no place helps"
+    assert [(r["rank"], r["dp"], r["ep"], r["load"], r["most"]) for r in data["ranks"]] == [
+        (0, 0, 0, 1.25, 1.5), (1, 0, 1, 0.75, 1.0), (2, 1, 0, 1.25, 1.5), (3, 1, 1, 0.75, 1.0),
+    ]  # fmt: skip
+    size = data["bytes"]["moe_per_rank"] + data["bytes"]["rest"]
+    assert {rank["size"] for rank in data["ranks"]} == {size}
+    skewed = parsed(cli("inspect", saved, "--ep", 2, "--skew", 1, "--json"))["load"]
+    assert skewed["source"] == "skew 1"
+    assert skewed["layers"][0]["busiest"] > 1.4
+
+
 def test_inspect_needs_no_weights_and_reads_none(cli, folder, monkeypatch):
     from moerunner.models.tensorfile import Reader
 

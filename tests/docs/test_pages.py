@@ -183,8 +183,9 @@ def test_entry_points_name_what_the_page_defines(here):
 
 
 @pytest.mark.slow
-def test_a_snippet_for_torchrun(here):
-    (snippet,) = PAGES["README.md"].snippets("torchrun 4")
+@pytest.mark.parametrize("page", ["README.md", "docs/layouts.md"])
+def test_a_snippet_for_torchrun(here, page):
+    (snippet,) = PAGES[page].snippets("torchrun 4")
     (here / "program.py").write_text(f"import moerunner\n{with_model(snippet)}\nassert model.moerunner_report.replaced\n")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "program.py"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=environment())

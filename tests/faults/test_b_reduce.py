@@ -368,6 +368,28 @@ def test_B12_experts_placed_by_hand_change_nothing():
         check(spec, make_weights(spec), tokens(13), layout=layout)
 
 
+@pytest.mark.parametrize(
+    ("layout", "dispatch"),
+    [(Layout(ep=2), "auto"), (Layout(ep=2, tp=2, tokens="sharded"), "alltoall"), (Layout(ep=2, tokens="sharded"), "allgather")],
+    ids=["local", "alltoall", "allgather"],
+)
+def test_B12_experts_that_move_between_calls_change_nothing(layout, dispatch):
+    spec = make_spec(factor=2.5, on_output=True, shared=GATED, experts={"bias": True})
+    weights = make_weights(spec)
+
+    def main(bound):
+        runner = MoERunner(spec, weights, bound, Options(dispatch=dispatch))
+        found = [runner(tokens(9))]
+        for placement in (((7, 0, 3, 5, 1), (2, 6, 0, 4)), ((2, 6, 0, 4), (7, 0, 3, 5, 1))):
+            runner.rebalance(placement)
+            found.append(runner(tokens(9)))
+        return found
+
+    expected = reference(spec, LayerWeights.of(spec, weights), tokens(9))
+    for y in (y for found in simulate(layout, main) for y in found):
+        assert_close(y, expected)
+
+
 @pytest.mark.parametrize("layout", [Layout(ep=2, tokens="sharded"), Layout(ep=2, tp=2, tokens="sharded")], ids=str)
 def test_B13_shared_experts_run_while_tokens_travel_and_nothing_else_is_issued(layout):
     spec = make_spec(factor=2.5, on_output=True, shared=GATED)

@@ -233,3 +233,22 @@ def memory_of_loading(folder: Path, small: Path, layout: Layout) -> tuple[int, i
     before = status("VmRSS")
     model = moerunner.load(folder, layout=bound)
     return status("VmHWM") - before, sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def rebalanced_model(folder: Path, layout: Layout) -> dict[str, Any]:
+    """Counts while it reads a prompt, moves the experts, and reads it again."""
+    model = moerunner.load(folder, layout=layout)
+    counters = moerunner.count_loads(model)
+    nothing = refusal(lambda: moerunner.rebalance(model))
+    before, _ = answer(model, generates=False)
+    moved = moerunner.rebalance(model, redundant=layout.ep)
+    left = [int(counter.counts.sum()) for counter in counters.values()]
+    after, said = answer(model)
+    told = {"before": before, "after": after, "said": said, "moved": moved, "collectives": collectives(model)}
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in model.state_dict().values():
+        tensor.add_(1) if tensor.is_floating_point() else None
+    moerunner.load_weights(model, folder)
+    told["differ after load_weights"] = [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, kept[n])]
+    told |= {"nothing counted": nothing, "counts afterwards": left, "tokens": LENGTH}
+    return told | {"top_k": next(iter(runners(model).values())).spec.top_k}

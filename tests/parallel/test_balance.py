@@ -31,7 +31,7 @@ from moerunner import (
 from moerunner.experts import eager, registry
 from moerunner.parallel.balance import imbalance, placement, rank_loads
 from moerunner.parallel.comm import simulate
-from moerunner.parallel.move import rebalanced, senders
+from moerunner.parallel.move import Move, senders
 from moerunner.parallel.pairs import SlotMap
 from moerunner.values import ExpertTensor
 
@@ -248,10 +248,9 @@ def test_scales_move_with_their_experts_and_strides_stay():
         }
         whole = ExpertWeights(tensors, format="some")
         part = {n: dataclasses.replace(e, tensor=_part(e, slots.slots[bound.comm.rank])) for n, e in tensors.items()}
-        w, _, after = rebalanced(
-            LayerWeights((dataclasses.replace(whole, tensors=part),)), bound.comm, slots, ((7, 0, 3, 2, 1), (4, 5, 6, 7))
-        )
-        return w.experts[0], after.slots[bound.comm.rank]
+        move = Move.to(((7, 0, 3, 2, 1), (4, 5, 6, 7)), bound.comm, slots, 1)
+        w = move.layer(LayerWeights((dataclasses.replace(whole, tensors=part),)))
+        return w.experts[0], move.after.slots[bound.comm.rank]
 
     for experts, held in simulate(Layout(ep=2), main):
         for slot, e in enumerate(held):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -25,21 +26,39 @@ from moerunner.cli.shell import (
 @verb
 def run(
     path: Annotated[str, typer.Argument(help="Folder of a model: config.json, and safetensors if they are there.")],
-    ep: Annotated[int, typer.Option(parser=count, metavar="N", help="Ranks that the experts are split over.")] = 1,
-    tp: Annotated[int, typer.Option(parser=count, metavar="N", help="Ranks that each expert's width is split over.")] = 1,
+    ep: Annotated[int | None, typer.Option(parser=count, metavar="N", help="Ranks that the experts are split over.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="Ranks that each expert's width is split over.")
+    ] = None,
+    dp: Annotated[int | None, typer.Option(parser=count, metavar="N", help="Copies of the whole.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="FIELDS", help="All fields of Layout, such as ep=4,tp=2,redundant=8.")
+    ] = None,
+    skew: Annotated[float, typer.Option(min=0.0, help="Loads of experts fall as 1 / rank ** skew; 0 is even.")] = 0.0,
+    trace: Annotated[str | None, typer.Option(help="JSON file of measured loads (route --json), in place of a skew.")] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the whole plan of each kind of layer.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
-    """Show a model's MoE layers: routing, experts, memory per rank, kernels and why. No weight is loaded."""
+    """Show a model's MoE layers: routing, kernels and why, each rank's memory and expected load. No weight is loaded."""
+    sizes: dict[str, Any] = {name: size for name, size in (("dp", dp), ("ep", ep), ("tp", tp)) if size is not None}
+    if layout is not None and sizes:
+        raise typer.BadParameter(f"give either --layout or {', '.join(f'--{name}' for name in sizes)}")
+    if trace is not None and skew:
+        raise typer.BadParameter("give either --skew or --trace")
     quiet_transformers()
+    from moerunner.models.expected import layer_loads, layout_of, loads_of, ranks_of, read_trace
     from moerunner.models.inspection import inspect
     from moerunner.parallel import Layout
 
     screen = Screen(quiet=json)
-    found = inspect(path, layout=Layout(ep=ep, tp=tp), dtype=torch_dtype(dtype), device=torch_device(device))
+    asked = Layout(**sizes) if layout is None else layout_of(layout)
+    found = inspect(path, layout=asked, dtype=torch_dtype(dtype), device=torch_device(device))
+    loads = loads_of(found, skew=skew, trace=None if trace is None else read_trace(trace))
+    layers = layer_loads(found, loads)
+    ranks = ranks_of(found, layers)
     show(screen, found)
     if screen.drawing:
         draw(found)
@@ -48,11 +67,15 @@ def run(
             show_kind(screen, kind, found.layout)
         if explain:
             screen.say(f"\n{kind.plan.explain()}")
+    source = trace or (f"skew {skew:g}" if skew else "even routing")
+    if layers and asked.world > 1:
+        show_ranks(screen, found, layers, ranks, source)
     if found.left_alone:
         screen.heading("Left as they are, with Transformers' own code")
         for name, reason in found.left_alone.items():
             screen.say(f"{name}: {reason}")
-    return Answer({"ok": True, **found.to_dict()})
+    expected = {"source": source, "layers": [dataclasses.asdict(layer) | {"busiest": layer.busiest} for layer in layers]}
+    return Answer({"ok": True, **found.to_dict(), "load": expected, "ranks": [dataclasses.asdict(rank) for rank in ranks]})
 
 
 def show(screen: Screen, found: Any) -> None:
@@ -80,6 +103,31 @@ def show_kind(screen: Screen, kind: Any, layout: Any) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         screen.say(f"  {name:<{width}}  {text}")
+
+
+def show_ranks(screen: Screen, found: Any, layers: Any, ranks: Any, source: str) -> None:
+    """What each rank holds and has to do; ranks that have the same experts are one line."""
+    from moerunner.models.inspection import bytes_in_words as size
+    from moerunner.models.inspection import ranges
+
+    screen.heading(f"Expected load ({source}), 1 is the mean")
+    alike: dict[int, list[Any]] = {}
+    for rank in ranks:
+        alike.setdefault(rank.ep, []).append(rank)
+    rows, differ = [], len({tuple(layer.per_ep) for layer in layers}) > 1
+    for ep, those in alike.items():
+        held = {ranges(sorted({e for e in kind.slots[ep] if e >= 0})) for kind in found.kinds}
+        highest = max(layers, key=lambda layer: layer.per_ep[ep])
+        worst = f"{those[0].most:.2f} in {highest.name}" if differ else ""
+        rows.append(
+            [ranges([r.rank for r in those]), "; ".join(sorted(held)), size(those[0].size), f"{those[0].load:.2f}", worst]
+        )
+    screen.table(("rank", "experts", "model", "load", "highest" if differ else ""), rows)
+    busiest = sum(layer.busiest for layer in layers) / len(layers)
+    placed = sum(layer.placed for layer in layers) / len(layers)
+    screen.say(
+        f"busiest rank, on average over the layers: {busiest:.2f}; with experts placed by load (rebalance): {placed:.2f}"
+    )
 
 
 def draw(found: Any) -> None:
@@ -138,7 +186,7 @@ def facts(kind: Any, layout: Any) -> list[tuple[str, str]]:
     }
     if layout.world > 1:
         held = f"{size(kind.rank.total)} a layer, {size(kind.layers * kind.rank.total)} in all"
-        rows["each rank"] = f"{held} with ep {layout.ep} x tp {layout.tp}"
+        rows["each rank"] = f"{held} with dp {layout.dp} x ep {layout.ep} x tp {layout.tp}"
     rows["kernel"] = f"{step.kernel}: {step.reason}"
     if step.few[0]:
         rows["kernel"] += f"; {step.few[1]} up to {step.few[0]} token{'s' * (step.few[0] > 1)}"

@@ -52,12 +52,13 @@ def run(
     """Compare the layouts that a model's MoE layers can have, and name the best. Needs neither weights nor GPUs."""
     sizes = ranks_of(ranks)
     quiet_transformers()
+    from moerunner.models.expected import read_trace
     from moerunner.models.inspection import bytes_in_words
-    from moerunner.planner import Machine, estimates, look_up, read_trace, reason
+    from moerunner.planner import Machine, estimates, look_up, reason
 
     if trace is not None and skew:
         raise SpecError("give either --skew or --trace", where="plan")
-    loads = None if trace is None else read_trace(trace)
+    loads = None if trace is None else read_trace(trace).rows
     screen = Screen(quiet=json)
     machine = Machine(
         nvlink=nvlink * 1e9,

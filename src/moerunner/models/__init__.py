@@ -2,6 +2,7 @@
 
 from moerunner.models import families, registry
 from moerunner.models.adapt import count_loads, patch, runners, unpatch
+from moerunner.models.balance import Rebalanced, rebalance
 from moerunner.models.entry import Family, Joined, Keys, Router, View
 from moerunner.models.load import load, load_weights
 from moerunner.models.report import Replaced, Report, Skipped
@@ -10,6 +11,7 @@ __all__ = [
     "Family",
     "Joined",
     "Keys",
+    "Rebalanced",
     "Replaced",
     "Report",
     "Router",
@@ -20,6 +22,7 @@ __all__ = [
     "load",
     "load_weights",
     "patch",
+    "rebalance",
     "registry",
     "runners",
     "unpatch",

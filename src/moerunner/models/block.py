@@ -63,6 +63,13 @@ class Held:
             raise Changed(f"{self.attribute} is now a {type(tensor).__name__}")
         return self.see(tensor)
 
+    def write(self, module: nn.Module, seen: Tensor) -> None:
+        """Puts this rank's part, in the spec's shape, into the module's tensor, which stays the object that it is."""
+        assert self.cut is not None, "a tensor that this rank has a part of"
+        tensor = getattr(module, self.attribute)
+        seen = seen.mT if self.change.endswith("transposed") else seen
+        tensor.data, tensor.grad = seen.reshape(self.cut.local).contiguous(), None
+
     def see(self, tensor: Tensor) -> Tensor:
         """The tensor in the spec's shape. Raises RuntimeError where that needs a copy or more numbers than there are."""
         if self.change == "transposed":
@@ -102,15 +109,21 @@ class Source:
 
     The block is held weakly, so that a patched model is freed like any other, without waiting for the garbage collector.
     parts: every module of the block. built: its attributes that the spec speaks of, by path, with their values.
-    is_cut: the block's own forward cannot run, `holds` says why.
+    layout: of several ranks, of which this is one; None: one rank. is_cut: the block's own forward cannot run, as `holds` says.
     """
 
     holds = "this rank holds a part of its experts"
 
     def __init__(
-        self, block: nn.Module, parts: tuple[Part, ...], built: Mapping[str, Any], family: Family, spec: MoESpec
+        self,
+        block: nn.Module,
+        parts: tuple[Part, ...],
+        built: Mapping[str, Any],
+        family: Family,
+        spec: MoESpec,
+        layout: BoundLayout | None = None,
     ) -> None:
-        self._block = weakref.ref(block)
+        self._block, self.layout = weakref.ref(block), layout
         self.parts, self.built, self.family, self.spec = parts, built, family, spec
         self.gate_up: GateUp = family.gate_up if spec.experts.gated else "none"
         self.is_cut = any(held.cut is not None for part in parts for held in part.held)
@@ -176,7 +189,7 @@ class Source:
 
     def of(self, block: nn.Module) -> Source:
         """The same for a copy of the block."""
-        return Source(block, self.parts, self.built, self.family, self.spec)
+        return Source(block, self.parts, self.built, self.family, self.spec, self.layout)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.block, self.parts, self.built, self.family, self.spec)
@@ -216,12 +229,16 @@ class PatchedForward:
     """Callable in place of one block's `forward`, with its arguments and its result.
 
     A copy of the block, by `copy.deepcopy` or pickle, gets one of its own that reads the copy's tensors.
-    layout: of several ranks, of which this is one; None: one rank.
     """
 
-    def __init__(self, source: Source, options: Options, layout: BoundLayout | None = None) -> None:
-        self.source, self.options, self.layout = source, options, layout
+    def __init__(self, source: Source, options: Options) -> None:
+        self.source, self.options = source, options
         self._told = False
+
+    @property
+    def layout(self) -> BoundLayout | None:
+        """Of several ranks, of which this is one, as the experts lie now; None: one rank."""
+        return self.source.layout
 
     @cached_property
     def runner(self) -> MoERunner:
@@ -334,7 +351,7 @@ class PatchedForward:
             warnings.warn(f"a patched {name} runs its own forward: {change}", stacklevel=3)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedForward:
-        return PatchedForward(self.source.of(copy.deepcopy(self.source.block, memo)), self.options, self.layout)
+        return PatchedForward(self.source.of(copy.deepcopy(self.source.block, memo)), self.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.layout is not None:

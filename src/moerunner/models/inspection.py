@@ -64,7 +64,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class Kind:
-    """MoE layers that are equal but for the values of their weights. name: with the range of their indices in its place.
+    """MoE layers that are equal but for the values of their weights. name: with the range of their indices in its place;
+    blocks: their names.
 
     experts_only: the family is not in the table, and the model's own router and shared experts run around the experts.
     dtype: of the experts. parameters, active: weights of one layer, and those at work on one token. memory: of one layer;
@@ -83,6 +84,12 @@ class Kind:
     memory: Memory
     rank: Memory
     plan: Plan
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> tuple[tuple[int, ...], ...]:
+        """The experts of each ep coordinate; -1 is an empty slot."""
+        return self.plan.layout.slots(self.spec.num_experts, self.spec.routing.modalities)
 
     def to_dict(self) -> dict[str, Any]:
         plain = {n: getattr(self, n) for n in ("name", "layers", "family", "experts_only", "block", "dtype", "parameters")}
@@ -106,8 +113,8 @@ class Inspection:
 
     dtype: of the weights as `load` would hold them; dtype_from: what says so. files: whether the files of weights were looked
     at. layers: as the config counts them. parameters, active: weights of the model, and those at work on one token; size:
-    bytes of all. left_alone: what looks
-    like an MoE block and would stay as it is, with the reason.
+    bytes of all. left_alone: what looks like an MoE block and would stay as it is, with the reason. blocks: the names of all
+    that look like one, in order.
     """
 
     path: str
@@ -126,6 +133,7 @@ class Inspection:
     kinds: list[Kind] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
 
     @property
     def moe(self) -> int:
@@ -144,7 +152,7 @@ class Inspection:
             **{name: getattr(self, name) for name in names},
             "parameters": self.parameters,
             "active_parameters": self.active,
-            "layout": {"ep": self.layout.ep, "tp": self.layout.tp},
+            "layout": dataclasses.asdict(self.layout) | {"world": self.layout.world},
             "bytes": {"model": self.size, "moe": self.moe, "moe_per_rank": self.moe_rank, "rest": self.size - self.moe},
             "stacks": [dataclasses.asdict(stack) for stack in self.stacks],
             "kinds": [kind.to_dict() for kind in self.kinds],
@@ -205,6 +213,7 @@ def inspect(
         kinds=kinds,
         left_alone=left_alone,
         notes=notes,
+        blocks=[site.name for site in sites(model)],
     )
 
 
@@ -244,9 +253,9 @@ def _kinds(model: nn.Module, layout: Layout, device: str) -> tuple[list[Kind], d
         if index is not None:
             indices.setdefault(stack, set()).add(index)
     kinds = [
-        dataclasses.replace(kind, name=name, layers=count)
+        dataclasses.replace(kind, name=name, layers=count, blocks=tuple(names))
         for kind, names in alike.values()
-        for name, count in together(names).items()
+        for name, count in together(names).items()  # one name: they are of one stack
     ]
     return kinds, {name: reason for reason, names in reasons.items() for name in together(names)}, indices
 

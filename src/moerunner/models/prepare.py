@@ -95,12 +95,13 @@ def prepare(
     if spread is not None:
         if layout is not None:
             raise UnsupportedError("Transformers has spread it over ranks already; patch(model) without a layout runs it so")
-        return PatchedForward(source, options, spread)
+        source.layout = spread
+        return PatchedForward(source, options)
     if layout is not None:
         source = part_of(source, layout)
         kind = (device or next(iter(tensors.values())).device).type
         resolve(source.spec, layout.layout, source.planned().meta(), kind, options)
-    return PatchedForward(source, options, layout)
+    return PatchedForward(source, options)
 
 
 def source_of(site: Site) -> Source:

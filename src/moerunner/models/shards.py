@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moerunner.errors import UnsupportedError
-from moerunner.models.block import Held, Source, forward_of
+from moerunner.models.block import Held, Part, Source, forward_of
 from moerunner.models.entry import Joined
 from moerunner.models.places import Cut, Shape
 from moerunner.parallel.cut import kept
 from moerunner.parallel.layout import BoundLayout, Layout
+from moerunner.parallel.move import Move
 from moerunner.parallel.pairs import SlotMap
-from moerunner.values import Run, Runs, joined, length
+from moerunner.values import RECORD_NAMES, Run, Runs, joined, length
 
 Kept = dict[int, Runs]
 
@@ -39,31 +40,62 @@ def bound_to(layout: Layout | BoundLayout | None) -> BoundLayout | None:
     return layout if isinstance(layout, BoundLayout) else plain.bind()
 
 
-def part_of(source: Source, bound: BoundLayout) -> Source:
+class Share(Source):
+    """A block's tensors of which this rank keeps a part. whole: its parts, each `Held` as if the rank kept all."""
+
+    def __init__(self, source: Source, parts: tuple[Part, ...], layout: BoundLayout, whole: tuple[Part, ...]) -> None:
+        super().__init__(source.block, parts, source.built, source.family, source.spec, layout)
+        self.whole = whole
+
+    def of(self, block: nn.Module) -> Share:
+        assert self.layout is not None
+        return Share(super().of(block), self.parts, self.layout, self.whole)
+
+    @torch.no_grad()
+    def move(self, move: Move) -> None:
+        """This rank's part of the experts becomes that of another placement, one tensor after another."""
+        layout = BoundLayout(move.comm.layout, move.comm)
+        parts = _cut(self, self.whole, layout, move.after)
+        for (before, module), after in zip(self.modules(), parts, strict=True):
+            for old, new in zip(before.held, after.held, strict=True):
+                name, _, index = new.name.partition(".")
+                if name in RECORD_NAMES and new.cut is not None:
+                    new.write(module, move.tensor(old.read(module), int(index or 0)))
+        self.parts, self.layout = parts, layout
+
+
+def part_of(source: Source, bound: BoundLayout) -> Share:
     """The block's tensors as this rank will hold them: every `Held` that is cut has its `cut` and its new shape.
 
     Raises:
         UnsupportedError: a tensor is stored in a way that cannot be cut.
     """
-    spec, family = source.spec, source.family
+    spec = source.spec
     slots = SlotMap(bound.layout, spec.num_experts, spec.routing.modalities, spec.zero_experts)
+    return Share(source, _cut(source, source.parts, bound, slots), bound, source.parts)
+
+
+def _cut(source: Source, whole: tuple[Part, ...], bound: BoundLayout, slots: SlotMap) -> tuple[Part, ...]:
+    """Parts of the block as a rank holds them. source: as they are now, whole or cut otherwise."""
+    spec, family = source.spec, source.family
     shapes: dict[str, Shape] = {}
-    for one in source.parts:
+    for one in whole:
         for held in one.held:
             shapes[held.name] = _with_piece(shapes.get(held.name), held, family.weights[held.name])
     runs = kept(spec, shapes, source.gate_up, bound.comm, slots)
 
-    def cut(module: nn.Module, held: Held) -> Held:
+    def cut(module: nn.Module, held: Held, now: Held) -> Held:
         if held.name not in runs:
             return held
+        stored = tuple(getattr(module, held.attribute).shape) if now.cut is None else now.cut.shape
         own = _of_piece(runs[held.name], shapes[held.name], held, family.weights[held.name])
         seen = Cut.of(held.shape, own)
-        return dataclasses.replace(
-            held, shape=seen.local, cut=_as_stored(seen, held, tuple(getattr(module, held.attribute).shape))
-        )
+        return dataclasses.replace(held, shape=seen.local, cut=_as_stored(seen, held, stored))
 
-    parts = [dataclasses.replace(p, held=tuple(cut(module, held) for held in p.held)) for p, module in source.modules()]
-    return Source(source.block, tuple(parts), source.built, family, spec)
+    return tuple(
+        dataclasses.replace(part, held=tuple(cut(module, *both) for both in zip(part.held, now.held, strict=True)))
+        for part, (now, module) in zip(whole, source.modules(), strict=True)
+    )
 
 
 def _with_piece(before: Shape | None, held: Held, stored: Any) -> Shape:
@@ -129,7 +161,7 @@ def cut_in_place(sources: Iterable[Source]) -> None:
     """Leaves of each tensor what this rank keeps; the rest is freed. Parameters stay the objects that they are."""
     done: set[int] = set()
     for source in sources:
-        for tensor, cut in _cut_tensors(source):
+        for tensor, cut in cut_tensors(source):
             if id(tensor) not in done:
                 done.add(id(tensor))
                 tensor.data = cut.take(tensor.data)
@@ -142,12 +174,12 @@ def cuts_of(model: nn.Module, sources: Iterable[Source] | None = None) -> dict[s
     """
     if sources is None:
         sources = [forward.source for block in model.modules() if (forward := forward_of(block)) is not None]
-    cuts = {id(tensor): cut for source in sources for tensor, cut in _cut_tensors(source)}
+    cuts = {id(tensor): cut for source in sources for tensor, cut in cut_tensors(source)}
     named = model.state_dict(keep_vars=True)
     return {name: cuts[id(tensor)] for name, tensor in named.items() if id(tensor) in cuts}
 
 
-def _cut_tensors(source: Source) -> list[tuple[Tensor, Cut]]:
+def cut_tensors(source: Source) -> list[tuple[Tensor, Cut]]:
     found = []
     for part in source.parts:
         module = part.find(source.block)

@@ -11,6 +11,7 @@ from moerunner.values.runs import Run, Runs, joined, length, take, width_runs
 from moerunner.values.state import AXES, Partial, Placement, Replicate, Shard, ValueState
 from moerunner.values.weights import (
     EXPERT_NAMES,
+    RECORD_NAMES,
     ExpertTensor,
     ExpertWeights,
     GateUp,
@@ -24,6 +25,7 @@ from moerunner.values.weights import (
 __all__ = [
     "AXES",
     "EXPERT_NAMES",
+    "RECORD_NAMES",
     "ExpertTensor",
     "ExpertWeights",
     "GateUp",

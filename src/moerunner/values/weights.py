@@ -42,6 +42,7 @@ _EXPERT_LAYOUT: dict[str, tuple[int | None, int | None, Any]] = {
     "row_norm": (None, None, "whole"),
 }
 EXPERT_NAMES = tuple(_EXPERT_LAYOUT)
+RECORD_NAMES = tuple(name for name, (dim, *_) in _EXPERT_LAYOUT.items() if dim is not None)  # of `ExpertWeights.record`
 
 
 @dataclass(frozen=True)
