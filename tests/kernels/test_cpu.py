@@ -316,3 +316,9 @@ def test_it_is_built_without_torch_and_says_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.setattr(library, "file_of", lambda path: build.file_of(path, tmp_path))
     assert "no C++ compiler was found" in library.absent(next(iter(build.paths())))
+
+
+def test_a_library_of_other_sources_is_not_loaded(any_path, monkeypatch):
+    """Its structures may differ, so that it would write anywhere."""
+    monkeypatch.setattr(library, "digest", lambda: "another")
+    assert library.absent(HERE[0]) == "was compiled from other sources; run: python -m moerunner.kernels.cpu.build"

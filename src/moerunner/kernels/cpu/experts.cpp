@@ -12,7 +12,6 @@
 
 namespace {
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum Layout { CONCAT, INTERLEAVED, UNGATED };
 
@@ -48,15 +47,6 @@ constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a tim
 constexpr long TOKENS_A_TASK = 4;
 constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
-
-INLINE long up_to(long n, long unit) { return (n + unit - 1) / unit * unit; }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-INLINE float to_float(const void* p, long i, long dtype) {
-    if (dtype == FLOAT32) return ((const float*)p)[i];
-    vu bits = {((const uint16_t*)p)[i]};
-    return dtype == BFLOAT16 ? ((vf)(bits << 16))[0] : widen_half(__builtin_convertvector(bits, vh))[0];
-}
 
 // What stands between an expert's two products; see ActivationSpec.
 struct Activation {
@@ -134,13 +124,7 @@ class Layer {
         up.count = run_count * up_parts;
         down.count = (c.hidden + down_part - 1) / down_part;
         const double work = 3.0 * run_count * c.hidden * c.inter;  // numbers to read
-        const long threads = least(c.threads, 1 + (long)(work / 50e3));
-        if (threads <= 1)
-            thread(this);
-        else if (c.fork)
-            c.fork(thread, this, (unsigned)threads, 0);
-        else
-            run_threads(thread, this, (int)threads);
+        run_threads(thread, this, least(c.threads, 1 + (long)(work / READS_A_THREAD)), c.fork);
         return true;
     }
 
@@ -216,38 +200,15 @@ class Layer {
     void work() {
         Cut cut = {scratch + scratch_size * joined.fetch_add(1), 0};
         const Scratch s = lay_out_scratch(cut);
-        each(arrange, [&](long task, long) { arrange_tokens(task); });
-        each(up, [&](long task, long next) { gate_and_up(task, next, s); });
-        each(down, [&](long task, long next) { down_into(task, next, s); });
-    }
-
-    // Every task once, each with the one that this thread does after it; returns when all are done, also those of others.
-    template <class F>
-    static void each(Tasks& tasks, F f) {
-        for (long task = tasks.take(), next; task < tasks.count; task = next) {
-            next = tasks.take();
-            f(task, next);
-            tasks.finish();
-        }
-        tasks.wait();
-    }
-
-    static inline __attribute__((always_inline)) void put(token* row, long i, float value) {
-        token* place = row + i / K::STEP * K::STEP + K::at(i % K::STEP);
-        *place = sizeof(token) == 2 ? (token)narrow_bfloat(broadcast(value))[0] : (token)value;
+        arrange.each([&](long task, long) { arrange_tokens(task); });
+        up.each([&](long task, long next) { gate_and_up(task, next, s); });
+        down.each([&](long task, long next) { down_into(task, next, s); });
     }
 
     void arrange_tokens(long task) {
-        const long size = c.x_dtype == FLOAT32 ? 4 : 2, end = least((task + 1) * TOKENS_A_TASK, x_count());
-        for (long t = task * TOKENS_A_TASK; t < end; ++t) {
-            const char* from = (const char*)c.x + t * c.x_step * size;
-            token* row = x + t * x_pitch;
-            if (size == sizeof(token) && K::VECS == 1)
-                memcpy(row, from, c.hidden * sizeof(token));
-            else
-                for (long i = 0; i < c.hidden; ++i) put(row, i, to_float(from, i, c.x_dtype));
-            for (long i = c.hidden; i < up_to(c.hidden, K::STEP); ++i) put(row, i, 0.0f);
-        }
+        const long end = least((task + 1) * TOKENS_A_TASK, x_count());
+        for (long t = task * TOKENS_A_TASK; t < end; ++t)
+            arrange_row<K>(x + t * x_pitch, (const char*)c.x + t * c.x_step * size_of(c.x_dtype), c.x_dtype, c.hidden);
     }
 
     // Rows of weights as tokens lie.
@@ -344,9 +305,9 @@ class Layer {
                     if (gated) y *= activation.of_up(load<vf>(u + j));
                     float some[LANES];
                     store(some, y);
-                    for (long l = 0; l < LANES && j + l < n; ++l) put(row, i + j + l, some[l]);
+                    for (long l = 0; l < LANES && j + l < n; ++l) put<K>(row, i + j + l, some[l]);
                 }
-                for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put(row, j, 0.0f);
+                for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put<K>(row, j, 0.0f);
             }
         }
     }
@@ -390,8 +351,6 @@ class Layer {
         for (long i = 0; i < n; ++i) out[i] += weight * y[i];
     }
 };
-
-thread_local Arena arena;
 
 template <class K>
 int run(const Call& call) {
