@@ -31,6 +31,7 @@ PATHS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "avx2": _AVX2,
         "avx512": _AVX512,
         "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+        "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"neon": ()},
 }

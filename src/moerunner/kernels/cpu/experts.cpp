@@ -2,13 +2,14 @@
 //
 // Three rounds of tasks that any thread may take: tokens are arranged; rows of gate and up are multiplied and joined by the
 // activation; rows of down are multiplied, weighted and added into the output. A task of the last round owns its columns of the
-// output and adds experts in the order of their ids, so the result is the same in every run, with any number of threads and
-// whatever else is in the batch.
+// output and adds experts in the order of their ids, so the result is the same in every run and with any number of threads; by
+// all products but those of tiles it is the same whatever else is in the batch.
 
+#include <optional>
 #include <type_traits>
 
-#include "dots.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace {
 
@@ -35,6 +36,7 @@ struct Call {
     int64_t x_dtype, w_dtype, layout, kind;
     int64_t per_slot;  // x has a row for each slot
     int64_t rows;      // unweighted rows out
+    int64_t invariant; // a token's bits do not depend on the batch
     double alpha, beta, limit, gate_softcap, up_softcap;  // limit: infinity for none; softcap: 0 for none
     int64_t clamp_after;
     int64_t threads;
@@ -46,6 +48,7 @@ namespace {
 constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a time
 constexpr long TOKENS_A_TASK = 4;
 constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
+constexpr long TILED = 16;     // tokens of an expert, from which on tiles are worth their packing
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
 
 // What stands between an expert's two products; see ActivationSpec.
@@ -104,12 +107,18 @@ class Layer {
     typedef typename K::token token;
     typedef typename std::conditional<sizeof(token) == 2, Pairs, Float>::type Panel;
     static constexpr bool WIDENS = sizeof(elem) < sizeof(token);
+#ifdef TILES
+    static constexpr bool HAS_TILES = std::is_same<K, Pairs>::value;
+#else
+    static constexpr bool HAS_TILES = false;
+#endif
 
    public:
     explicit Layer(const Call& call) : c(call), activation(call), slot_count(call.tokens * call.top_k) {
         x_pitch = pitch(c.hidden), h_pitch = pitch(c.inter);
-        up_part = 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
-        down_part = slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
+        tiled = HAS_TILES && !c.invariant && slot_count >= TILED * c.experts;
+        up_part = tiled ? TILE_ROWS : 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
+        down_part = tiled ? TILE_ROWS : slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
     }
 
     bool run(Arena& arena) {
@@ -119,7 +128,7 @@ class Layer {
         Cut real = {arena.begin(), 0};
         lay_out(real);
         sort();
-        arrange.count = (x_count() + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
+        arrange.count = ((tiled ? row_count : x_count()) + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
         up_parts = (c.inter + up_part - 1) / up_part;
         up.count = run_count * up_parts;
         down.count = (c.hidden + down_part - 1) / down_part;
@@ -139,7 +148,8 @@ class Layer {
     const Activation activation;
     const long slot_count;
     long up_part, down_part;  // rows of gate and of up, and of down, that a task takes
-    long x_pitch, h_pitch, up_parts = 0, run_count = 0;
+    bool tiled;  // tokens lie in the order of experts, so that those of one are evenly apart
+    long x_pitch, h_pitch, up_parts = 0, run_count = 0, row_count = 0;
     int32_t* slots;  // in the order of experts
     Run* runs;
     const token **x_rows, **h_rows;
@@ -150,15 +160,17 @@ class Layer {
     std::atomic<long> joined{0};
 
     static long pitch(long width) { return up_to(width, K::STEP) + SHIFT / (long)sizeof(token); }
-    long x_count() const { return c.per_slot ? slot_count : c.tokens; }
+    long x_count() const { return c.per_slot || tiled ? slot_count : c.tokens; }
+    bool by_tiles(const Run& run) const { return tiled && run.count >= TILED; }
 
     void lay_out(Cut& cut) {
         slots = cut.take<int32_t>(slot_count);
         runs = cut.take<Run>(c.experts + 1);
         x_rows = cut.take<const token*>(slot_count);
         h_rows = cut.take<const token*>(slot_count);
-        x = cut.take<token>(x_count() * x_pitch);
-        h = cut.take<token>(slot_count * h_pitch);
+        const long beyond = tiled ? SIDE : 0;  // rows that the last tile reads too
+        x = cut.take<token>((x_count() + beyond) * x_pitch);
+        h = cut.take<token>((slot_count + beyond) * h_pitch);
         Cut one = {nullptr, 0};
         lay_out_scratch(one);
         scratch_size = one.used;
@@ -174,6 +186,7 @@ class Layer {
         return s;
     }
 
+    long x_row(long slot) const { return c.per_slot ? slot : slot / c.top_k; }
     bool chosen(long slot) const { return c.ids[slot] >= 0 && c.ids[slot] < c.experts; }
 
     // Slots in the order of experts, by counting.
@@ -188,9 +201,9 @@ class Layer {
             runs[e].begin -= runs[e].count;
             if (runs[e].count) runs[run_count++] = runs[e];
         }
-        const long rows = run_count ? runs[run_count - 1].begin + runs[run_count - 1].count : 0;
-        for (long r = 0; r < rows; ++r) {
-            x_rows[r] = x + (c.per_slot ? slots[r] : slots[r] / c.top_k) * x_pitch;
+        row_count = run_count ? runs[run_count - 1].begin + runs[run_count - 1].count : 0;
+        for (long r = 0; r < row_count; ++r) {
+            x_rows[r] = x + (tiled ? r : x_row(slots[r])) * x_pitch;
             h_rows[r] = h + r * h_pitch;
         }
     }
@@ -200,18 +213,32 @@ class Layer {
     void work() {
         Cut cut = {scratch + scratch_size * joined.fetch_add(1), 0};
         const Scratch s = lay_out_scratch(cut);
+#ifdef TILES
+        std::optional<TileSetup> setup;
+        if (tiled) setup.emplace();
+#endif
         arrange.each([&](long task, long) { arrange_tokens(task); });
         up.each([&](long task, long next) { gate_and_up(task, next, s); });
         down.each([&](long task, long next) { down_into(task, next, s); });
     }
 
     void arrange_tokens(long task) {
-        const long end = least((task + 1) * TOKENS_A_TASK, x_count());
-        for (long t = task * TOKENS_A_TASK; t < end; ++t)
-            arrange_row<K>(x + t * x_pitch, (const char*)c.x + t * c.x_step * size_of(c.x_dtype), c.x_dtype, c.hidden);
+        const long end = least((task + 1) * TOKENS_A_TASK, tiled ? row_count : x_count());
+        for (long t = task * TOKENS_A_TASK; t < end; ++t) {
+            const char* from = (const char*)c.x + (tiled ? x_row(slots[t]) : t) * c.x_step * size_of(c.x_dtype);
+            arrange_row<K>(x + t * x_pitch, from, c.x_dtype, c.hidden);
+        }
     }
 
-    // Rows of weights as tokens lie.
+    // Rows of weights as tokens lie, or packed for tiles.
+    void fill(token* panel, Rows<elem> w, const Run& run, long rows, long width) const {
+#ifdef TILES
+        if constexpr (HAS_TILES)
+            if (by_tiles(run)) return pack_tiles(panel, w.at, w.step, w.column, rows, width);
+#endif
+        widen(panel, w, rows, width);
+    }
+
     void widen(token* panel, Rows<elem> w, long rows, long width) const {
         const long step = pitch(width);
         for (long r = 0; r < rows; ++r) {
@@ -235,11 +262,15 @@ class Layer {
     }
 
     // Weights are widened once for many tokens, and copied where they lie across.
-    static bool by_panel(Rows<elem> w, const Run& run) { return w.column != 1 || (WIDENS && run.count > MAX_T); }
+    bool by_panel(Rows<elem> w, const Run& run) const { return w.column != 1 || (WIDENS && run.count > MAX_T) || by_tiles(run); }
 
     // next: what this thread will read after this.
-    void multiply(Rows<elem> w, const token* panel, long rows, long width, const token* const* tokens, long n, float* out,
-                  vf* acc, Rows<elem> next) const {
+    void multiply(Rows<elem> w, const token* panel, const Run& run, long rows, long width, const token* const* tokens, long n,
+                  float* out, vf* acc, Rows<elem> next) const {
+#ifdef TILES
+        if constexpr (HAS_TILES)
+            if (by_tiles(run)) return multiply_tiles(panel, width, tokens[0], pitch(width), n, out, MAX_ROWS);
+#endif
         const long size = sizeof(elem);
         const Soon soon = {(const char*)next.at, next.step * size, K::STEP / K::VECS * size, width * size};
         if (panel)
@@ -277,8 +308,8 @@ class Layer {
         token *gate_panel = nullptr, *up_panel = nullptr;
         if (panel) {
             gate_panel = s.panel, up_panel = s.panel + up_part * x_pitch;
-            widen(gate_panel, gate, n, c.hidden);
-            if (gated) widen(up_panel, up, n, c.hidden);
+            fill(gate_panel, gate, run, n, c.hidden);
+            if (gated) fill(up_panel, up, run, n, c.hidden);
         }
         Rows<elem> gate_next = none, up_next = none;
         if (next < this->up.count) {
@@ -293,8 +324,8 @@ class Layer {
             const long count = least(CHUNK, run.count - from);
             const token* const* tokens = x_rows + run.begin + from;
             const bool last = from + count == run.count;
-            multiply(gate, gate_panel, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
-            if (gated) multiply(up, up_panel, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
+            multiply(gate, gate_panel, run, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
+            if (gated) multiply(up, up_panel, run, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
             for (long t = 0; t < count; ++t) {
                 float *g = s.gate + t * MAX_ROWS, *u = s.up + t * MAX_ROWS;
                 finish(g, n, c.w13_scale, c.b13, first + i * step, step);
@@ -322,7 +353,7 @@ class Layer {
         for (const Run* run = runs; run < runs + run_count; ++run) {
             const Rows<elem> down = down_rows(*run, first), none = {nullptr, 0, 1};
             const bool panel = by_panel(down, *run);
-            if (panel) widen(s.panel, down, n, c.inter);
+            if (panel) fill(s.panel, down, *run, n, c.inter);
             Rows<elem> then = none;
             if (run + 1 < runs + run_count)
                 then = down_rows(run[1], first);
@@ -331,7 +362,7 @@ class Layer {
             for (long from = 0; from < run->count; from += CHUNK) {
                 const long count = least(CHUNK, run->count - from);
                 const bool last = from + count == run->count;
-                multiply(down, panel ? s.panel : nullptr, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
+                multiply(down, panel ? s.panel : nullptr, *run, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
                 for (long t = 0; t < count; ++t) {
                     float* y = s.gate + t * MAX_ROWS;
                     finish(y, n, c.w2_scale, c.b2, run->expert * c.hidden + first, 1);

@@ -17,12 +17,13 @@ _NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"},
 }
 _FIELDS = (
     *((name, ctypes.c_void_p) for name in "x ids weights w13 w2 b13 b2 w13_scale w2_scale out".split()),
     *((name, ctypes.c_int64) for name in "tokens top_k experts hidden inter x_step".split()),
     *((name, ctypes.c_int64) for name in "w13_expert w13_row w13_column w2_expert w2_row w2_column".split()),
-    *((name, ctypes.c_int64) for name in "x_dtype w_dtype layout kind per_slot rows".split()),
+    *((name, ctypes.c_int64) for name in "x_dtype w_dtype layout kind per_slot rows invariant".split()),
     *((name, ctypes.c_double) for name in "alpha beta limit gate_softcap up_softcap".split()),
     *((name, ctypes.c_int64) for name in "clamp_after threads".split()),
     ("fork", ctypes.c_void_p),
@@ -64,7 +65,16 @@ def absent(path: str) -> str:
     lacking = sorted(_NEEDS.get(path, set()) - _instructions())
     if lacking:
         return f"the processor has no {', '.join(lacking)}"
-    return _not_built(path)
+    return _not_built(path) or ("" if path != "amx" else _forbidden())
+
+
+@cache
+def _forbidden() -> str:
+    """Why Linux does not let this process use the tiles of AMX, which it has to ask for; empty when it does."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    if ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data) == 0:
+        return ""
+    return f"the system does not permit AMX: {os.strerror(ctypes.get_errno())}"
 
 
 def _not_built(path: str) -> str:
