@@ -59,7 +59,7 @@ class Verbs:
         self._experts_step, self._combine_step = self._only("experts"), self._only("combine")
         self._scales_weights, self._route_name = self._only("route").scales, self._only("route").name
         gate, one_launch = plan.step("gate"), self._only("route").one_launch
-        self._rule = _one_launch_rule() if one_launch else route
+        self._rule = _one_launch_rule(one_launch) if one_launch else route
         self._gate_tokens = gate.few[0] if one_launch and gate is not None else 0
         scale = plan.step("scale") or next((s for s in plan.steps if s.verb == "experts" and s.scales), None)
         self._scale_name = scale.name if scale is not None else ""
@@ -346,9 +346,12 @@ _UNARY = {
 }  # fmt: skip
 
 
-def _one_launch_rule() -> Callable[..., TopK]:
-    from moerunner.kernels.route import route as one_launch  # on first use: Triton may be absent
-
+def _one_launch_rule(kernels: str) -> Callable[..., TopK]:
+    """Imported on first use: Triton may be absent."""
+    if kernels == "cpu":
+        from moerunner.kernels.cpu.route import route as one_launch
+    else:
+        from moerunner.kernels.route import route as one_launch
     return one_launch
 
 

@@ -243,7 +243,7 @@ def insert(plan: Plan, step: Step, *, after: str) -> Plan:
     ("step", "after", "spec", "layout", "first", "what"),
     [
         (Step(verb="scale"), "scale", "plain", "one", "scale", "second time"),
-        (Step(verb="scale"), "combine", "factor in weights", "one", "route (sigmoid)", "second time"),
+        (Step(verb="scale"), "combine", "factor in weights", "one", "route", "second time"),
         (Step(verb="scale"), "combine", "no factor", "one", "the spec (factor 1)", "second time"),
         (Step(verb="reduce", axes=("tp",)), "combine", "plain", "one", "the input", "reduces over tp"),
         (Step(verb="reduce", value="out", axes=("tp",)), "reduce", "plain", "tp2", "reduce out over tp", "reduces over tp"),
@@ -272,7 +272,8 @@ def test_an_inserted_step_names_the_one_it_contradicts(
     plan = plan_of(SPECS[spec], LAYOUTS[layout])
     with pytest.raises(PlanError, match=what) as caught:
         insert(plan, step, after=after)
-    assert caught.value.first == (f"experts ({plan.backend})" if first == "experts" else first)
+    named = plan.step(first)
+    assert caught.value.first == (first if named is None else named.name)
     assert caught.value.second.startswith(step.verb)
 
 

@@ -80,6 +80,7 @@ HARD = {
 }
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("case", HARD)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_C1_hard_logits_route_as_the_oracle_says(router, case):
@@ -102,6 +103,7 @@ def test_C1_and_the_layer_follows(router, backend):
     check(spec, make_weights(spec), tokens(), options=options, router_logits=logits(shift=-9.0))
 
 
+@pytest.mark.usefixtures("both_routes")
 def test_C2_softmax_before_and_after_the_choice_are_two_names():
     z = logits()
     before, after = RoutingSpec(), RoutingSpec(score="softmax_topk", choose="logit")
@@ -142,6 +144,7 @@ ONE_CHANGE = {
 }
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("change", ONE_CHANGE)
 def test_C3_every_field_of_the_routing_means_something(change):
     spec, base = (make_spec(r) for r in (dataclasses.replace(BASE, **ONE_CHANGE[change]), BASE))
@@ -173,6 +176,7 @@ def test_C3_nothing_is_inferred():
         RoutingSpec(choose="hash", selection_bias=True)
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("renormalise", ["none", "sum"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -204,6 +208,7 @@ def close_biases():
     return spec, weights
 
 
+@pytest.mark.usefixtures("both_routes")
 def test_C5_the_correction_bias_stays_float32():
     spec, weights = close_biases()
     rounded = weights["selection_bias"].bfloat16()
@@ -225,6 +230,7 @@ def test_C5_casting_the_layer_does_not_round_it(kind, cast):
     assert runner.route(tokens(5, dtype=runner.w13.dtype)).ids.tolist() == [[0, 1, 2]] * 5
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("size", [12.0, 35.0, 1e4, -35.0])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrtsoftplus"])
 def test_C6_a_large_correction_bias_never_reaches_the_weights(score, size):
@@ -236,6 +242,7 @@ def test_C6_a_large_correction_bias_never_reaches_the_weights(score, size):
     check(spec, weights, tokens())
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("renormalise", [{"renormalise": "sum", "eps": 1e-20}, {"renormalise": "max_sum", "eps": 1e-12}])
 @pytest.mark.parametrize("bias", [False, True])
 def test_C6_scores_that_are_all_zero_give_zero_and_not_nan(bias, renormalise):
@@ -258,6 +265,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("router", BY_LOGITS)
 def test_C7_nan_logits_give_distinct_ids(router, bad):
@@ -287,6 +295,7 @@ def test_C7_a_bad_row_stays_bad_and_alone(router, backend):
     assert_close(y[others], clean[others])
 
 
+@pytest.mark.usefixtures("both_routes")
 @pytest.mark.parametrize("bad", ["nan", "some nan", "mixed"])
 def test_C7_a_hashed_row_keeps_the_ids_of_its_table(bad):
     spec = make_spec(ROUTERS["token table"])

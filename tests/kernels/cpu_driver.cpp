@@ -1,9 +1,11 @@
-// Runs the experts' kernels on random small layers and holds them against plain loops in double. Compiled with sanitizers, which
-// see every read beside a tensor: each tensor is its own allocation, of exactly its size, at an address that is not aligned.
+// Runs the experts' kernels on random small layers and holds them against plain loops in double, and the router's on random rules,
+// whose ids must be distinct. Compiled with sanitizers, which see every read beside a tensor: each tensor is its own allocation, of
+// exactly its size, at an address that is not aligned.
 //
 //     driver SEED LAYERS      exits with 1 after a line for each layer that is wrong
 
 #include "../../src/moerunner/kernels/cpu/experts.cpp"
+#include "../../src/moerunner/kernels/cpu/route.cpp"
 
 #include <math.h>
 #include <stdio.h>
@@ -81,7 +83,7 @@ static bool layer(int number) {
     c.experts = pick_number(1, 6), c.top_k = pick_number(1, 4);
     c.hidden = coin() ? pick_number(1, 70) : pick_number(71, 2100), c.inter = coin() ? pick_number(1, 60) : pick_number(61, 130);
     if (c.hidden > 200 && c.tokens > 20) c.tokens = 20;
-    c.layout = pick_number(0, 2), c.kind = pick_number(0, 4), c.per_slot = coin(), c.rows = coin();
+    c.layout = pick_number(0, 2), c.kind = pick_number(0, 4), c.per_slot = coin(), c.rows = coin(), c.invariant = coin();
     c.alpha = c.kind == SILU && coin() ? 1.7 : 1, c.beta = coin() ? 0.5 : 0, c.limit = coin() ? 0.9 : INFINITY;
     c.gate_softcap = c.kind == SILU && coin() ? 1.2 : 0, c.up_softcap = coin() ? 1.1 : 0, c.clamp_after = coin();
     c.threads = pick_number(1, 3);
@@ -144,11 +146,46 @@ static bool layer(int number) {
     return false;
 }
 
+static bool routes(int number) {
+    RouteCall c = {};
+    const long members = pick_number(2, 40);
+    c.groups = pick_number(1, 4), c.experts = c.groups * members, c.logits = c.experts + pick_number(0, 3);
+    c.top_k = pick_number(2, (int)least(c.experts, 12)), c.kept = least(c.groups, (c.top_k + members - 1) / members);
+    c.tokens = coin() ? pick_number(1, 5) : pick_number(6, 70), c.hidden = pick_number(1, 300), c.threads = pick_number(1, 3);
+    c.score = pick_number(0, SPARSEMIXER), c.by_logit = c.score > SQRTSOFTPLUS || coin(), c.best_two = coin();
+    c.renormalise = pick_number(0, P_NORM), c.scale = 1, c.softcap = coin() ? 2 : 0, c.fill = coin() ? 0 : -INFINITY;
+    c.eps = 0.1, c.p = 2, c.jitter = 0.1, c.factor = 1.5, c.sets = 1;
+    if (c.score == SPARSEMIXER) c.top_k = 2, c.logits = c.experts;
+    const int dtypes[] = {FLOAT32, BFLOAT16, FLOAT16};
+    const bool gate = coin();
+    c.x_dtype = dtypes[pick_number(0, 2)], c.gate_dtype = dtypes[pick_number(0, 2)];
+    const long width = gate ? c.hidden : c.logits;
+    c.x_row = width + pick_number(0, 3), c.x_column = 1, c.gate_row = c.hidden + pick_number(0, 3);
+    Numbers x((c.tokens - 1) * c.x_row + width, (int)c.x_dtype, 1), g((c.logits - 1) * c.gate_row + c.hidden, (int)c.gate_dtype, 0.1);
+    Numbers bias(c.logits, FLOAT32, 1), selection(c.experts, FLOAT32, 1), scale(c.experts, FLOAT32, 1), all(1, FLOAT32, 1);
+    std::vector<int64_t> ids(c.tokens * c.top_k, -1);
+    Numbers weights(c.tokens * c.top_k, FLOAT32, NAN), shared(c.tokens * (c.logits - c.experts), FLOAT32, NAN);
+    c.x = x.at, c.gate = gate ? g.at : nullptr, c.gate_bias = coin() ? (float*)bias.at : nullptr;
+    c.selection_bias = coin() ? (float*)selection.at : nullptr, c.expert_scale = coin() ? (float*)scale.at : nullptr;
+    c.global_scale = coin() ? (float*)all.at : nullptr;
+    c.ids = ids.data(), c.weights = (float*)weights.at, c.shared = (float*)shared.at;
+    bool right = moerunner_route(&c) == 0;
+    for (long t = 0; t < c.tokens; ++t)
+        for (long k = 0; k < c.top_k; ++k) {
+            const int64_t* own = ids.data() + t * c.top_k;
+            right = right && own[k] >= 0 && own[k] < c.experts && isfinite(c.weights[t * c.top_k + k]);
+            for (long other = 0; other < k; ++other) right = right && own[k] != own[other];
+        }
+    for (long i = 0; i < c.tokens * (c.logits - c.experts); ++i) right = right && isfinite(c.shared[i]);
+    if (!right) printf("route %d: %ld of %ld experts in %ld groups, score %ld, %ld tokens\n", number, (long)c.top_k, (long)c.experts, (long)c.groups, (long)c.score, (long)c.tokens);
+    return right;
+}
+
 int main(int count, char** arguments) {
     engine.seed((unsigned)(count > 1 ? atoi(arguments[1]) : 0));
     const int layers = count > 2 ? atoi(arguments[2]) : 100;
     bool right = true;
-    for (int i = 0; i < layers; ++i) right = layer(i) && right;
+    for (int i = 0; i < layers; ++i) right = layer(i) && routes(i) && right;
     moerunner_release();
     return right && !moerunner_kept() ? 0 : 1;
 }

@@ -1,6 +1,7 @@
 """Routing in one launch: every rule, tie, NaN and shape gives what `ops/route.py` gives; and where a plan chooses it."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,34 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moerunner import GroupSpec, LayerWeights, MoERunner, MoESpec, Options, RoutingSpec, SharedSpec, SpecError
 from moerunner.execute import Verbs
 from moerunner.kernels import route as module
-from moerunner.kernels.route import route, triton_route
+from moerunner.kernels import routing
+from moerunner.kernels.cpu import build, library
+from moerunner.kernels.cpu.route import cpu_route, run
+from moerunner.kernels.route import triton_route
 from moerunner.ops.route import route as plain
 from moerunner.plan import resolve
 from moerunner.spec import ExpertsSpec
 
 UNIT = torch.finfo(torch.float32).eps
+NATIVE = [path for path in build.paths() if not library.absent(path)]
+
+
+@pytest.fixture(params=["triton", *(NATIVE or [None])])
+def kernels(request):
+    """What routes: Triton, or the native path of a name."""
+    if request.param is None:
+        pytest.skip(library.why_not())
+    return request.param
+
+
+@pytest.fixture
+def device(kernels):
+    return "cuda" if kernels == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def route(kernels):
+    return partial(routing.route, triton_route if kernels == "triton" else partial(run, kernels))
 
 
 def layer(*, experts=8, top_k=3, **routing) -> MoESpec:
@@ -87,14 +110,14 @@ def assert_same(got, expected, units=8):
 
 @rule
 @pytest.mark.parametrize("scale", [False, True])
-def test_every_rule(device, name, scale):
+def test_every_rule(route, device, name, scale):
     spec = RULES[name]
     z, inputs = 2 * torch.randn(5, spec.num_logits, device=device), draw_inputs(spec, 5, device)
     assert_same(route(z, spec, scale=scale, **inputs), plain(z, spec, scale=scale, **inputs))
 
 
 @rule
-def test_ties_go_to_the_lowest_id(device, name):
+def test_ties_go_to_the_lowest_id(route, device, name):
     """Also between 0 and -0, among equal groups, and where all are equal."""
     spec = RULES[name]
     z = torch.randn(6, spec.num_logits).round()
@@ -107,7 +130,7 @@ def test_ties_go_to_the_lowest_id(device, name):
 
 @rule
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_rows_that_are_not_finite(device, name, bad):
+def test_rows_that_are_not_finite(route, device, name, bad):
     """Some values of a row, or all: the ids are still distinct, and no other row notices."""
     spec = RULES[name]
     z = torch.randn(4, spec.num_logits)
@@ -120,7 +143,7 @@ def test_rows_that_are_not_finite(device, name, bad):
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer"])
 @pytest.mark.parametrize("shift", [-40.0, 40.0])
-def test_large_logits(device, score, shift):
+def test_large_logits(route, device, score, shift):
     choose = "logit" if score.endswith("topk") else "score"
     spec = layer(experts=6, top_k=2, score=score, choose=choose)
     z = 5 * torch.randn(4, 6, device=device) + shift
@@ -129,7 +152,8 @@ def test_large_logits(device, score, shift):
 
 @pytest.mark.parametrize("tile", [(1, 1), (2, 1), (4, 4)])
 @pytest.mark.parametrize("name", ["softmax", "groups, odd members", "hash", "shared experts", "modalities"])
-def test_tokens_of_one_program(monkeypatch, device, name, tile):
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_tokens_of_one_program(monkeypatch, route, device, name, tile):
     """Five tokens, so that the last program is not full."""
     monkeypatch.setattr(module, "tile", lambda tokens, lanes: tile)
     spec = RULES[name]
@@ -144,20 +168,20 @@ def test_tiles_are_powers_of_two(tokens, lanes):
 
 
 @rule
-def test_no_tokens(device, name):
+def test_no_tokens(route, device, name):
     spec = RULES[name]
     z, inputs = torch.empty(0, spec.num_logits, device=device), draw_inputs(spec, 0, device)
     assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
 
 
-def test_as_many_as_there_may_be(device):
+def test_as_many_as_there_may_be(route, device):
     spec = layer(experts=1024, top_k=32, score="sigmoid", selection_bias=True, groups=GroupSpec(count=64, kept=40))
     z, inputs = torch.randn(2, 1024, device=device), draw_inputs(spec, 2, device)
     assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_strides_and_narrow_dtypes(device, dtype):
+def test_strides_and_narrow_dtypes(route, device, dtype):
     spec = RULES["shared experts"]
     z, inputs = torch.randn(spec.num_logits, 12, device=device).to(dtype).T[::2], draw_inputs(spec, 6, device)
     inputs["global_scale"] = inputs["global_scale"].to(dtype)
@@ -167,7 +191,7 @@ def test_strides_and_narrow_dtypes(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5])
-def test_from_tokens_and_the_gate(device, tokens, dtype):
+def test_from_tokens_and_the_gate(route, device, tokens, dtype):
     """Few tokens: float32 products of the gate as it is stored, any strides, a hidden size that no tile divides."""
     spec = RULES["shared experts"]
     x, gate = torch.randn(tokens, 2100, device=device).to(dtype)[:, ::2], torch.randn(1050, 11, device=device).to(dtype).T / 32
@@ -178,7 +202,7 @@ def test_from_tokens_and_the_gate(device, tokens, dtype):
 
 
 @pytest.mark.parametrize(("name", "missing"), [("hash", "input_ids"), ("hash", "hash_table"), ("modalities", "token_types")])
-def test_an_input_that_is_missing(device, name, missing):
+def test_an_input_that_is_missing(route, device, name, missing):
     inputs = {**draw_inputs(RULES[name], 2, device), missing: None}
     messages = []
     for rule in (route, plain):
@@ -188,16 +212,30 @@ def test_an_input_that_is_missing(device, name, missing):
     assert messages[0] == messages[1]
 
 
+@pytest.fixture
+def any_path():
+    if reason := library.why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def operator(kernels):
+    """What a plan runs: of the native paths the one that is chosen here."""
+    if kernels not in ("triton", library.chosen()[0]):
+        pytest.skip("is not the path that is chosen here")
+    return triton_route if kernels == "triton" else cpu_route
+
+
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_opcheck(device, tokens):
+def test_opcheck(operator, device, tokens):
     z, bias = torch.randn(tokens, 10, device=device), torch.randn(8, device=device)
     numbers = (8, 2, 1, False, 1.0, None, 2, 1, True, 0.0, 1, 0.0, 2.0, 0.01, 1, 1.0)
-    torch.library.opcheck(triton_route, (z, None, None, bias, None, None, None, None, None, *numbers))
+    torch.library.opcheck(operator, (z, None, None, bias, None, None, None, None, None, *numbers))
 
 
 @pytest.mark.parametrize("name", ["groups, best two", "shared experts"])
-def test_compiles_without_a_break(device, name):
-    spec = RULES[name]
+def test_compiles_without_a_break(operator, device, name):
+    spec, route = RULES[name], partial(routing.route, operator)
     z, inputs = torch.randn(3, spec.num_logits, device=device), draw_inputs(spec, 3, device)
 
     def ahead(z):
@@ -206,6 +244,113 @@ def test_compiles_without_a_break(device, name):
 
     compiled = torch.compile(ahead, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled(z), ahead(z), strict=True))
+
+
+# ---- in native code
+
+
+@pytest.fixture(params=NATIVE or [None])
+def native(request):
+    if request.param is None:
+        pytest.skip(library.why_not())
+    return partial(routing.route, partial(run, request.param))
+
+
+def draw_rule() -> MoESpec:
+    """Any rule there is, with numbers of experts and groups that no vector divides."""
+
+    def pick(*options):
+        return options[torch.randint(len(options), ()).item()]
+
+    count, members = pick(1, 2, 3, 7), pick(2, 3, 5, 33)
+    experts = count * members
+    top_k = torch.randint(1, min(experts, 12) + 1, ()).item()
+    score = pick("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sigmoid_topk", "sparsemixer")
+    routing = {
+        "score": score,
+        "logit_scale": pick(1.0, 0.7),
+        "logit_softcap": pick(None, 3.0),
+        "per_expert_scale": pick(True, False),
+    }
+    if score == "sparsemixer":
+        return layer(experts=experts, top_k=2, jitter=pick(0.01, 0.3), **routing)
+    choose = pick("logit", "hash") if score.endswith("topk") else pick("score", "logit", "hash")
+    routing |= {"choose": choose, "global_scale": pick(True, False), "renormalise": pick("none", "sum", "max_sum", "p_norm")}
+    routing |= {"eps": {"sum": pick(0.0, 1e-3), "max_sum": 0.4}.get(routing["renormalise"], 0.0), "p": pick(2.0, 1.5)}
+    if choose != "hash":
+        kept = max(-(-top_k // members), torch.randint(1, count + 1, ()).item())
+        group = GroupSpec(count=count, kept=kept, score=pick("max", "top2_sum"), fill=pick("-inf", "zero"))
+        routing |= {"selection_bias": pick(True, False), "groups": pick(None, group)}
+    shared = pick(None, SharedSpec(width=8, count=3, gate="router")) if score == "sigmoid" else None
+    return layer(experts=experts, top_k=top_k, shared=shared, **routing)
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_rules_drawn_at_random(native, number):
+    """Logits lie on a grid, so that they are equal or far apart; weights no further from float64 than twice PyTorch's."""
+    spec, tokens = draw_rule(), 9
+    z = (2 * torch.randn(tokens, spec.num_logits) * 64).round() / 64
+    inputs = draw_inputs(spec, tokens, "cpu")
+    if inputs["selection_bias"] is not None:
+        inputs["selection_bias"] = inputs["selection_bias"].round()
+    got, close, exact = (
+        native(z, spec, scale=True, **inputs),
+        plain(z, spec, scale=True, **inputs),
+        plain(z.double(), spec, scale=True, **inputs),
+    )
+    same = (close.ids == exact.ids).all(1)  # PyTorch's own float32 scores may tie where float64 ones do not
+    assert torch.equal(got.ids[same], exact.ids[same])
+    assert (got.shared_weights is None) == (exact.shared_weights is None)
+    for name in ("weights", "shared_weights") if exact.shared_weights is not None else ("weights",):
+        ours, theirs, true = (getattr(top, name)[same].double() for top in (got, close, exact))
+        assert torch.equal(ours.isnan(), true.isnan())
+        assert (
+            ((ours - true).abs() <= 2 * (theirs - true).abs() + 16 * UNIT * true.abs() + 1e-38).logical_or(true.isnan()).all()
+        )
+
+
+@pytest.mark.parametrize("name", ["softmax, odd", "groups, best two", "shared experts", "sparsemixer", "hash"])
+def test_any_number_of_threads_and_tokens(native, name):
+    """The same bits for a token alone, in any batch, from memory that held other things, with one thread and with three."""
+    spec, tokens = RULES[name], 700
+    z, inputs = torch.randn(tokens, spec.num_logits), draw_inputs(spec, tokens, "cpu")
+    one = native(z, spec, **inputs)
+    assert_same(one, plain(z, spec, **inputs), units=32)
+    few = {n: v[5:8] if n in ("input_ids", "token_types") and v is not None else v for n, v in inputs.items()}
+    assert torch.equal(native(z[5:8], spec, **few).weights, one.weights[5:8])
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    torch.set_num_threads(3)
+    try:
+        three = native(z, spec, **inputs)
+    finally:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(False)
+    for field in ("ids", "weights", "shared_weights"):
+        ours, theirs = getattr(one, field), getattr(three, field)
+        assert ours is theirs if ours is None else torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (1, 3), (6, 100), (16, 2500)])
+def test_the_gate_with_several_threads(native, dtype, tokens, hidden):
+    spec = layer(experts=130, top_k=6)
+    x, gate = torch.randn(tokens, hidden).to(dtype), torch.randn(130, hidden).to(dtype) / hidden**0.5
+    torch.set_num_threads(3)
+    try:
+        got = native(x, spec, gate=gate)
+        mixed = native(x, spec, gate=gate.float())
+    finally:
+        torch.set_num_threads(1)
+    z = (x.double() @ gate.double().T).float()
+    assert_same(got, plain(z, spec), units=100)
+    assert_same(mixed, plain(z, spec), units=100)
+
+
+def test_a_table_that_names_no_expert(native):
+    spec = RULES["hash"]
+    inputs = draw_inputs(spec, 4, "cpu") | {"hash_table": torch.full((7, 3), 8)}
+    with pytest.raises(SpecError, match=r"holds ids outside 0\.\.7"):
+        native(torch.randn(4, 8), spec, **inputs)
 
 
 # ---- the plan
@@ -223,15 +368,17 @@ def test_a_plan_routes_in_one_launch_on_a_gpu():
     step, gate = _plan().step("route"), _plan().step("gate")
     assert gate.few == (16, "triton")
     assert _plan(spec=layer(logits_dtype="model")).step("gate").few == (0, "")
-    assert (step.one_launch, step.name) == (True, "route (sigmoid in one launch)")
+    assert (step.one_launch, step.name) == ("triton", "route (sigmoid in one launch)")
     assert "not sigmoid: one launch is preferred on cuda" in _plan().explain()
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": "cpu"}, "runs on cuda, not on cpu"),
+        ({"device": "cpu", "grad": True}, "has no backward"),
+        ({"device": "cpu", "dtype": "float64"}, "computes in float32, the tokens are float64"),
         ({"grad": True}, "has no backward"),
+        ({"batch_invariant": True}, "is not batch invariant"),
         ({"dtype": "float64"}, "computes in float32, the tokens are float64"),
         ({"spec": layer(experts=2000)}, "holds 1024 experts of which 32 are chosen, not 3 of 2000"),
         ({"spec": layer(experts=64, top_k=33)}, "holds 1024 experts of which 32 are chosen, not 33 of 64"),
@@ -246,6 +393,21 @@ def test_a_plan_that_does_not_says_why(changes, reason):
     assert f"not one launch: {reason}" in plan.explain()
 
 
+def test_a_plan_routes_in_one_launch_on_a_cpu(any_path):
+    """Whatever the number of experts; a batch-invariant gate is PyTorch's, which is the same for few tokens and for many."""
+    for spec in (RULES["sigmoid"], layer(experts=2000, top_k=40)):
+        step, gate = _plan("cpu", spec).step("route"), _plan("cpu", spec).step("gate")
+        assert (step.one_launch, step.name, gate.few) == ("cpu", f"route ({spec.routing.score} in one launch)", (16, "cpu"))
+    invariant = _plan("cpu", batch_invariant=True)
+    assert (invariant.step("route").one_launch, invariant.step("gate").few) == ("cpu", (0, ""))
+
+
+def test_a_plan_without_native_code(monkeypatch):
+    monkeypatch.setattr(library, "why_not", lambda: "was not compiled")
+    step = _plan("cpu").step("route")
+    assert (step.one_launch, step.refused) == ("", (("one launch", "was not compiled"),))
+
+
 def test_a_plan_without_triton(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest))
@@ -255,7 +417,7 @@ def test_a_plan_without_triton(monkeypatch):
 @pytest.mark.parametrize("routing", [{"score": "external"}, {"simulate": "uniform"}])
 def test_a_rule_without_logits_names_no_other(routing):
     step = _plan(spec=layer(**routing)).step("route")
-    assert (step.one_launch, step.refused) == (False, ())
+    assert (step.one_launch, step.refused) == ("", ())
 
 
 def test_ranks_may_route_by_different_kernels():
@@ -263,8 +425,8 @@ def test_ranks_may_route_by_different_kernels():
 
 
 @pytest.mark.parametrize("name", ["groups, best two", "hash", "modalities", "shared experts", "learned scales"])
-def test_a_runner_routes_by_its_plan(device, name):
-    """The functions of a GPU's plan against those of the plan without it, from the caller's tokens on."""
+def test_a_runner_routes_by_its_plan(operator, device, name):
+    """The functions of a plan in one launch against those of the plan without it, from the caller's tokens on."""
     spec = RULES[name]
     shapes = spec.weight_shapes(vocab_size=7)
     drawn = {n: torch.randn(s, device=device) for n, s in shapes.items()}
@@ -272,8 +434,9 @@ def test_a_runner_routes_by_its_plan(device, name):
         drawn["hash_table"] = torch.randint(8, shapes["hash_table"], device=device)
     weights = LayerWeights.of(spec, drawn)
     runner = MoERunner(spec, weights)
-    verbs = Verbs(resolve(spec, None, weights.meta(), "cuda"), runner._comm, runner._slots)
-    without = resolve(spec, None, weights.meta(), "cuda", Options(grad=True))
+    of = "cpu" if operator is cpu_route else "cuda"
+    verbs = Verbs(resolve(spec, None, weights.meta(), of), runner._comm, runner._slots)
+    without = resolve(spec, None, weights.meta(), of, Options(grad=True))
     routes = [verbs.route, Verbs(without, runner._comm, runner._slots).route]
     for tokens in (4, 17):  # the gate's product is a kernel for the first, PyTorch's for the second
         inputs = {n: torch.randint(c, (tokens,), device=device) for n, c in (("input_ids", 7), ("token_types", 2))}

@@ -1,6 +1,7 @@
 """Native kernels for CPUs: every chosen expert's weights are read once, gate and up in one pass with the activation in it.
 
-A token's result does not depend on the batch, nor on the number of threads. The custom op is imported on first use.
+A token's result does not depend on the number of threads, nor on the batch: AMX's tiles, where it does, are left out if that is
+asked for. The custom op is imported on first use.
 """
 
 from __future__ import annotations
@@ -53,4 +54,5 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         a.up_softcap,
         call.input_weighting,
         call.output == "rows",
+        call.batch_invariant,
     )

@@ -10,19 +10,16 @@ logits, H hidden.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from moerunner.errors import SpecError
+from moerunner.kernels import routing
 from moerunner.kernels.common import INTERPRETING, blocks, computable, follow, launch, power_of_2
-from moerunner.spec import MoESpec
-from moerunner.values import TopK
-
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sigmoid_topk", "sparsemixer")
-RENORMALISE = ("none", "sum", "max_sum", "p_norm")
 
 _PLAIN = tl.constexpr(INTERPRETING)
 _SOFTMAX, _SIGMOID, _SQRTSOFTPLUS, _SOFTMAX_TOPK, _SIGMOID_TOPK, _SPARSEMIXER = (tl.constexpr(i) for i in range(6))
@@ -330,11 +327,11 @@ def triton_route(
             then follows the gate's; it is meant for few tokens.
         selection_bias, per_expert_scale: [experts]; global_scale: [1].
         hash_table: [vocab, K], with input_ids [T] in place of a choice by key. token_types: [T], with modalities above 1.
-        score: index into `SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0; groups=1 is
-            none. renormalise: index into `RENORMALISE`. factor: on all weights.
+        score: index into `routing.SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0;
+            groups=1 is none. renormalise: index into `routing.RENORMALISE`. factor: on all weights.
     """
     tokens, device = x.shape[0], x.device
-    ids, weights, shared = _empty(x, gate, experts, top_k)
+    ids, weights, shared = routing.empty(x, gate, experts, top_k)
     if tokens == 0:
         return ids, weights, shared
     z: Tensor = computable(x) if gate is None else _logits_of_few(x, gate, gate_bias)  # type: ignore[assignment]
@@ -357,15 +354,7 @@ def _(
     x, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, experts, top_k,
     score, by_logit, logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
 ):  # fmt: skip
-    return _empty(x, gate, experts, top_k)
-
-
-def _empty(x: Tensor, gate: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, device = x.shape[0], x.device
-    shared = (x.shape[1] if gate is None else gate.shape[0]) - experts
-    ids = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
-    return ids, weights, torch.empty(tokens, shared, dtype=torch.float32, device=device)
+    return routing.empty(x, gate, experts, top_k)
 
 
 def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
@@ -392,38 +381,5 @@ def tile(tokens: int, lanes: int) -> tuple[int, int]:
     return 1, 4 if tokens <= 1024 and lanes >= 512 else max(1, lanes // 512)
 
 
-def route(
-    logits: Tensor,
-    spec: MoESpec,
-    *,
-    gate: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    selection_bias: Tensor | None = None,
-    per_expert_scale: Tensor | None = None,
-    global_scale: Tensor | None = None,
-    hash_table: Tensor | None = None,
-    input_ids: Tensor | None = None,
-    token_types: Tensor | None = None,
-    num_tokens: int | None = None,
-    device: torch.device | None = None,
-    scale: bool = False,
-) -> TopK:
-    """`ops.route.route` on float32 logits (or narrower ones), or with gate [L, H] on few tokens in their place.
-
-    num_tokens, device: of simulated routing, which this is not.
-    """
-    r = spec.routing
-    g = r.groups
-    if r.choose == "hash" and (hash_table is None or input_ids is None):
-        raise SpecError("needs the tokens' ids", where="routing by hash table", next_step="Pass input_ids to the runner")
-    if r.modalities > 1 and token_types is None:
-        raise SpecError("needs the tokens' types", where="modality routing", next_step="Pass token_types to the runner")
-    ids, weights, shared = triton_route(
-        logits, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table if r.choose == "hash" else None,
-        input_ids, token_types, spec.num_experts + spec.zero_experts, spec.top_k, SCORES.index(r.score),
-        r.choose == "logit" or r.score == "sparsemixer", r.logit_scale, r.logit_softcap,
-        g.count if g else 1, g.kept if g else 1, g is not None and g.score == "top2_sum",
-        0.0 if g is not None and g.fill == "zero" else float("-inf"),
-        RENORMALISE.index(r.renormalise), r.eps, r.p, r.jitter, r.modalities, spec.routed_scaling_factor if scale else 1.0,
-    )  # fmt: skip
-    return TopK(ids, weights, scaled=scale, shared_weights=shared if shared.shape[1] else None)
+route = partial(routing.route, triton_route)
+"""See `routing.route`."""

@@ -11,6 +11,7 @@ from moerunner import quant
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts.base import Request
 from moerunner.experts.registry import Chosen, choose
+from moerunner.kernels.cpu import library
 from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
@@ -49,6 +50,9 @@ def resolve(
     dtype = options.dtype or w2.dtype
     return _Builder(spec, layout, dict(weights_meta), str(device).split(":")[0], dtype, options).plan()
 
+
+_ONE_LAUNCH = {"cuda": "triton", "cpu": "cpu"}
+"""By device, the kernels that route in one launch."""
 
 _FEW_GATE_TOKENS = 16
 """Up to this many tokens the gate's product is a kernel of ours too, which reads its weight as it is stored."""
@@ -122,9 +126,10 @@ class _Builder:
 
     def _route(self) -> None:
         r, spec = self.spec.routing, self.spec
-        against = self._against_one_launch()
+        against, kernels = self._against_one_launch(), _ONE_LAUNCH.get(self.device, "")
         if r.score != "external" and r.simulate is None:
-            few = (0, "") if against or r.logits_dtype == "model" else (_FEW_GATE_TOKENS, "triton")
+            plain = against or r.logits_dtype == "model" or self.options.batch_invariant
+            few = (0, "") if plain else (_FEW_GATE_TOKENS, kernels)
             self.add("gate", value="topk", reads="tokens", few=few, reason="reads the caller's tokens at full width")
         in_weights = not spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
         reason = f"the factor {spec.routed_scaling_factor} is applied to the weights" if in_weights else ""
@@ -134,21 +139,22 @@ class _Builder:
             return
         kernel = r.score if against else f"{r.score} in one launch"
         refused = (("one launch", against),) if against else ((r.score, f"one launch is preferred on {self.device}"),)
-        self.add(
-            "route", value="topk", kernel=kernel, scales=in_weights, reason=reason, refused=refused, one_launch=not against
-        )
+        one_launch = "" if against else kernels
+        self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason, refused=refused, one_launch=one_launch)
 
     def _against_one_launch(self) -> str:
-        """Why `kernels/route.py` cannot route this layer; empty when it does."""
+        """Why no kernel of this device can route this layer in one launch; empty when one does."""
         experts, k = self.spec.num_experts + self.spec.zero_experts, self.spec.top_k
-        if self.device != "cuda":
-            return f"runs on cuda, not on {self.device}"
-        if importlib.util.find_spec("triton") is None:
-            return "needs triton, which is not installed"
+        if self.device not in _ONE_LAUNCH:
+            return f"runs on {' and '.join(_ONE_LAUNCH)}, not on {self.device}"
         if self.dtype == "float64":
             return "computes in float32, the tokens are float64"
         if self.options.grad:
             return "has no backward"
+        if self.device == "cpu":
+            return library.why_not()
+        if importlib.util.find_spec("triton") is None:
+            return "needs triton, which is not installed"
         if self.options.batch_invariant:
             return "is not batch invariant"
         return f"holds 1024 experts of which 32 are chosen, not {k} of {experts}" if experts > 1024 or k > 32 else ""

@@ -55,7 +55,8 @@ class Step:
     dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
     scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
-    one_launch: of a route, from logits to weights in one kernel. side: up to so many tokens, on a side stream of the GPU.
+    one_launch: of a route, the kernels that do it from logits to weights at once. side: up to so many tokens, on a side stream
+    of the GPU.
     """
 
     verb: str
@@ -77,7 +78,7 @@ class Step:
     sums: bool = False
     scatter: bool = False
     overlaps: bool = False
-    one_launch: bool = False
+    one_launch: str = ""
     side: int = 0
     dtype: str = ""
 

@@ -7,6 +7,7 @@ It needs a C++17 compiler (the one that CXX names, g++, clang++ or c++) and noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -18,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+SOURCES = ("experts.cpp", "route.cpp")
 RECORD = "build.json"
-"""Beside the libraries: the compiler, and for each path that is not there the reason."""
+"""Beside the libraries: the compiler, what the sources were, and for each path that is not there the reason."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -29,6 +31,7 @@ PATHS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "avx2": _AVX2,
         "avx512": _AVX512,
         "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+        "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"neon": ()},
 }
@@ -59,7 +62,7 @@ def compile_path(path: str, target: Path, extra: Sequence[str] = ()) -> str:
     cxx = compiler()
     if cxx is None:
         return "no C++ compiler was found"
-    command = [cxx, *_FLAGS, *paths()[path], *extra, str(FOLDER / "experts.cpp"), "-o", str(target)]
+    command = [cxx, *_FLAGS, *paths()[path], *extra, *(str(FOLDER / name) for name in SOURCES), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return ""
@@ -75,8 +78,14 @@ def build(folder: Path = FOLDER) -> dict[str, str]:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         reasons = dict(zip(paths(), pool.map(lambda path: compile_path(path, file_of(path, folder)), paths()), strict=True))
     missing = {path: reason for path, reason in reasons.items() if reason}
-    (folder / RECORD).write_text(json.dumps({"compiler": _version(), "missing": missing}, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps({"compiler": _version(), "sources": digest(), "missing": missing}, indent=1) + "\n")
     return missing
+
+
+def digest() -> str:
+    """Of all that libraries are made from: one that was built from other sources would misread what it is called with."""
+    files = sorted(FOLDER.glob("*.h")) + [FOLDER / name for name in (*SOURCES, Path(__file__).name)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _version() -> str | None:

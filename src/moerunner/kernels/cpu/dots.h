@@ -58,6 +58,29 @@ struct Pairs {
     static int at(int i) { return i; }
 };
 
+template <class K>
+INLINE void put(typename K::token* row, long i, float value) {
+    typename K::token* place = row + i / K::STEP * K::STEP + K::at(i % K::STEP);
+    *place = sizeof *row == 2 ? (typename K::token)narrow_bfloat(broadcast(value))[0] : (typename K::token)value;
+}
+
+// A token of any float dtype as K wants it, completed with zeros to a whole step.
+template <class K>
+static void arrange_row(typename K::token* row, const void* from, long dtype, long width) {
+    const bool natural = K::VECS == 1;
+    long i = 0;
+    if (natural && size_of(dtype) == (long)sizeof *row && (sizeof *row == 4 || dtype == BFLOAT16)) {
+        memcpy(row, from, width * sizeof *row), i = width;
+    } else if (natural && sizeof *row == 4) {
+        for (; i + LANES <= width; i += LANES) store(row + i, to_floats(from, i, dtype));
+    } else if (!natural && dtype == BFLOAT16) {
+        for (; i + K::STEP <= width; i += K::STEP)
+            for (int v = 0; v < K::VECS; ++v) store(row + i + v * LANES, K::weight((const typename K::elem*)from + i, v));
+    }
+    for (; i < width; ++i) put<K>(row, i, to_float(from, i, dtype));
+    for (; i < up_to(width, K::STEP); ++i) put<K>(row, i, 0.0f);
+}
+
 // Rows that will be read next and are fetched meanwhile, in bytes; each vector of a row moves `vector` further.
 struct Soon {
     const char* row;

@@ -2,17 +2,17 @@
 //
 // Three rounds of tasks that any thread may take: tokens are arranged; rows of gate and up are multiplied and joined by the
 // activation; rows of down are multiplied, weighted and added into the output. A task of the last round owns its columns of the
-// output and adds experts in the order of their ids, so the result is the same in every run, with any number of threads and
-// whatever else is in the batch.
+// output and adds experts in the order of their ids, so the result is the same in every run and with any number of threads; by
+// all products but those of tiles it is the same whatever else is in the batch.
 
+#include <optional>
 #include <type_traits>
 
-#include "dots.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace {
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum Kind { SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum Layout { CONCAT, INTERLEAVED, UNGATED };
 
@@ -36,6 +36,7 @@ struct Call {
     int64_t x_dtype, w_dtype, layout, kind;
     int64_t per_slot;  // x has a row for each slot
     int64_t rows;      // unweighted rows out
+    int64_t invariant; // a token's bits do not depend on the batch
     double alpha, beta, limit, gate_softcap, up_softcap;  // limit: infinity for none; softcap: 0 for none
     int64_t clamp_after;
     int64_t threads;
@@ -47,16 +48,8 @@ namespace {
 constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a time
 constexpr long TOKENS_A_TASK = 4;
 constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
+constexpr long TILED = 16;     // tokens of an expert, from which on tiles are worth their packing
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
-
-INLINE long up_to(long n, long unit) { return (n + unit - 1) / unit * unit; }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-INLINE float to_float(const void* p, long i, long dtype) {
-    if (dtype == FLOAT32) return ((const float*)p)[i];
-    vu bits = {((const uint16_t*)p)[i]};
-    return dtype == BFLOAT16 ? ((vf)(bits << 16))[0] : widen_half(__builtin_convertvector(bits, vh))[0];
-}
 
 // What stands between an expert's two products; see ActivationSpec.
 struct Activation {
@@ -114,12 +107,18 @@ class Layer {
     typedef typename K::token token;
     typedef typename std::conditional<sizeof(token) == 2, Pairs, Float>::type Panel;
     static constexpr bool WIDENS = sizeof(elem) < sizeof(token);
+#ifdef TILES
+    static constexpr bool HAS_TILES = std::is_same<K, Pairs>::value;
+#else
+    static constexpr bool HAS_TILES = false;
+#endif
 
    public:
     explicit Layer(const Call& call) : c(call), activation(call), slot_count(call.tokens * call.top_k) {
         x_pitch = pitch(c.hidden), h_pitch = pitch(c.inter);
-        up_part = 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
-        down_part = slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
+        tiled = HAS_TILES && !c.invariant && slot_count >= TILED * c.experts;
+        up_part = tiled ? TILE_ROWS : 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
+        down_part = tiled ? TILE_ROWS : slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
     }
 
     bool run(Arena& arena) {
@@ -129,18 +128,12 @@ class Layer {
         Cut real = {arena.begin(), 0};
         lay_out(real);
         sort();
-        arrange.count = (x_count() + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
+        arrange.count = ((tiled ? row_count : x_count()) + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
         up_parts = (c.inter + up_part - 1) / up_part;
         up.count = run_count * up_parts;
         down.count = (c.hidden + down_part - 1) / down_part;
         const double work = 3.0 * run_count * c.hidden * c.inter;  // numbers to read
-        const long threads = least(c.threads, 1 + (long)(work / 50e3));
-        if (threads <= 1)
-            thread(this);
-        else if (c.fork)
-            c.fork(thread, this, (unsigned)threads, 0);
-        else
-            run_threads(thread, this, (int)threads);
+        run_threads(thread, this, least(c.threads, 1 + (long)(work / READS_A_THREAD)), c.fork);
         return true;
     }
 
@@ -155,7 +148,8 @@ class Layer {
     const Activation activation;
     const long slot_count;
     long up_part, down_part;  // rows of gate and of up, and of down, that a task takes
-    long x_pitch, h_pitch, up_parts = 0, run_count = 0;
+    bool tiled;  // tokens lie in the order of experts, so that those of one are evenly apart
+    long x_pitch, h_pitch, up_parts = 0, run_count = 0, row_count = 0;
     int32_t* slots;  // in the order of experts
     Run* runs;
     const token **x_rows, **h_rows;
@@ -166,15 +160,17 @@ class Layer {
     std::atomic<long> joined{0};
 
     static long pitch(long width) { return up_to(width, K::STEP) + SHIFT / (long)sizeof(token); }
-    long x_count() const { return c.per_slot ? slot_count : c.tokens; }
+    long x_count() const { return c.per_slot || tiled ? slot_count : c.tokens; }
+    bool by_tiles(const Run& run) const { return tiled && run.count >= TILED; }
 
     void lay_out(Cut& cut) {
         slots = cut.take<int32_t>(slot_count);
         runs = cut.take<Run>(c.experts + 1);
         x_rows = cut.take<const token*>(slot_count);
         h_rows = cut.take<const token*>(slot_count);
-        x = cut.take<token>(x_count() * x_pitch);
-        h = cut.take<token>(slot_count * h_pitch);
+        const long beyond = tiled ? SIDE : 0;  // rows that the last tile reads too
+        x = cut.take<token>((x_count() + beyond) * x_pitch);
+        h = cut.take<token>((slot_count + beyond) * h_pitch);
         Cut one = {nullptr, 0};
         lay_out_scratch(one);
         scratch_size = one.used;
@@ -190,6 +186,7 @@ class Layer {
         return s;
     }
 
+    long x_row(long slot) const { return c.per_slot ? slot : slot / c.top_k; }
     bool chosen(long slot) const { return c.ids[slot] >= 0 && c.ids[slot] < c.experts; }
 
     // Slots in the order of experts, by counting.
@@ -204,9 +201,9 @@ class Layer {
             runs[e].begin -= runs[e].count;
             if (runs[e].count) runs[run_count++] = runs[e];
         }
-        const long rows = run_count ? runs[run_count - 1].begin + runs[run_count - 1].count : 0;
-        for (long r = 0; r < rows; ++r) {
-            x_rows[r] = x + (c.per_slot ? slots[r] : slots[r] / c.top_k) * x_pitch;
+        row_count = run_count ? runs[run_count - 1].begin + runs[run_count - 1].count : 0;
+        for (long r = 0; r < row_count; ++r) {
+            x_rows[r] = x + (tiled ? r : x_row(slots[r])) * x_pitch;
             h_rows[r] = h + r * h_pitch;
         }
     }
@@ -216,41 +213,32 @@ class Layer {
     void work() {
         Cut cut = {scratch + scratch_size * joined.fetch_add(1), 0};
         const Scratch s = lay_out_scratch(cut);
-        each(arrange, [&](long task, long) { arrange_tokens(task); });
-        each(up, [&](long task, long next) { gate_and_up(task, next, s); });
-        each(down, [&](long task, long next) { down_into(task, next, s); });
-    }
-
-    // Every task once, each with the one that this thread does after it; returns when all are done, also those of others.
-    template <class F>
-    static void each(Tasks& tasks, F f) {
-        for (long task = tasks.take(), next; task < tasks.count; task = next) {
-            next = tasks.take();
-            f(task, next);
-            tasks.finish();
-        }
-        tasks.wait();
-    }
-
-    static inline __attribute__((always_inline)) void put(token* row, long i, float value) {
-        token* place = row + i / K::STEP * K::STEP + K::at(i % K::STEP);
-        *place = sizeof(token) == 2 ? (token)narrow_bfloat(broadcast(value))[0] : (token)value;
+#ifdef TILES
+        std::optional<TileSetup> setup;
+        if (tiled) setup.emplace();
+#endif
+        arrange.each([&](long task, long) { arrange_tokens(task); });
+        up.each([&](long task, long next) { gate_and_up(task, next, s); });
+        down.each([&](long task, long next) { down_into(task, next, s); });
     }
 
     void arrange_tokens(long task) {
-        const long size = c.x_dtype == FLOAT32 ? 4 : 2, end = least((task + 1) * TOKENS_A_TASK, x_count());
+        const long end = least((task + 1) * TOKENS_A_TASK, tiled ? row_count : x_count());
         for (long t = task * TOKENS_A_TASK; t < end; ++t) {
-            const char* from = (const char*)c.x + t * c.x_step * size;
-            token* row = x + t * x_pitch;
-            if (size == sizeof(token) && K::VECS == 1)
-                memcpy(row, from, c.hidden * sizeof(token));
-            else
-                for (long i = 0; i < c.hidden; ++i) put(row, i, to_float(from, i, c.x_dtype));
-            for (long i = c.hidden; i < up_to(c.hidden, K::STEP); ++i) put(row, i, 0.0f);
+            const char* from = (const char*)c.x + (tiled ? x_row(slots[t]) : t) * c.x_step * size_of(c.x_dtype);
+            arrange_row<K>(x + t * x_pitch, from, c.x_dtype, c.hidden);
         }
     }
 
-    // Rows of weights as tokens lie.
+    // Rows of weights as tokens lie, or packed for tiles.
+    void fill(token* panel, Rows<elem> w, const Run& run, long rows, long width) const {
+#ifdef TILES
+        if constexpr (HAS_TILES)
+            if (by_tiles(run)) return pack_tiles(panel, w.at, w.step, w.column, rows, width);
+#endif
+        widen(panel, w, rows, width);
+    }
+
     void widen(token* panel, Rows<elem> w, long rows, long width) const {
         const long step = pitch(width);
         for (long r = 0; r < rows; ++r) {
@@ -274,11 +262,15 @@ class Layer {
     }
 
     // Weights are widened once for many tokens, and copied where they lie across.
-    static bool by_panel(Rows<elem> w, const Run& run) { return w.column != 1 || (WIDENS && run.count > MAX_T); }
+    bool by_panel(Rows<elem> w, const Run& run) const { return w.column != 1 || (WIDENS && run.count > MAX_T) || by_tiles(run); }
 
     // next: what this thread will read after this.
-    void multiply(Rows<elem> w, const token* panel, long rows, long width, const token* const* tokens, long n, float* out,
-                  vf* acc, Rows<elem> next) const {
+    void multiply(Rows<elem> w, const token* panel, const Run& run, long rows, long width, const token* const* tokens, long n,
+                  float* out, vf* acc, Rows<elem> next) const {
+#ifdef TILES
+        if constexpr (HAS_TILES)
+            if (by_tiles(run)) return multiply_tiles(panel, width, tokens[0], pitch(width), n, out, MAX_ROWS);
+#endif
         const long size = sizeof(elem);
         const Soon soon = {(const char*)next.at, next.step * size, K::STEP / K::VECS * size, width * size};
         if (panel)
@@ -316,8 +308,8 @@ class Layer {
         token *gate_panel = nullptr, *up_panel = nullptr;
         if (panel) {
             gate_panel = s.panel, up_panel = s.panel + up_part * x_pitch;
-            widen(gate_panel, gate, n, c.hidden);
-            if (gated) widen(up_panel, up, n, c.hidden);
+            fill(gate_panel, gate, run, n, c.hidden);
+            if (gated) fill(up_panel, up, run, n, c.hidden);
         }
         Rows<elem> gate_next = none, up_next = none;
         if (next < this->up.count) {
@@ -332,8 +324,8 @@ class Layer {
             const long count = least(CHUNK, run.count - from);
             const token* const* tokens = x_rows + run.begin + from;
             const bool last = from + count == run.count;
-            multiply(gate, gate_panel, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
-            if (gated) multiply(up, up_panel, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
+            multiply(gate, gate_panel, run, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
+            if (gated) multiply(up, up_panel, run, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
             for (long t = 0; t < count; ++t) {
                 float *g = s.gate + t * MAX_ROWS, *u = s.up + t * MAX_ROWS;
                 finish(g, n, c.w13_scale, c.b13, first + i * step, step);
@@ -344,9 +336,9 @@ class Layer {
                     if (gated) y *= activation.of_up(load<vf>(u + j));
                     float some[LANES];
                     store(some, y);
-                    for (long l = 0; l < LANES && j + l < n; ++l) put(row, i + j + l, some[l]);
+                    for (long l = 0; l < LANES && j + l < n; ++l) put<K>(row, i + j + l, some[l]);
                 }
-                for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put(row, j, 0.0f);
+                for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put<K>(row, j, 0.0f);
             }
         }
     }
@@ -361,7 +353,7 @@ class Layer {
         for (const Run* run = runs; run < runs + run_count; ++run) {
             const Rows<elem> down = down_rows(*run, first), none = {nullptr, 0, 1};
             const bool panel = by_panel(down, *run);
-            if (panel) widen(s.panel, down, n, c.inter);
+            if (panel) fill(s.panel, down, *run, n, c.inter);
             Rows<elem> then = none;
             if (run + 1 < runs + run_count)
                 then = down_rows(run[1], first);
@@ -370,7 +362,7 @@ class Layer {
             for (long from = 0; from < run->count; from += CHUNK) {
                 const long count = least(CHUNK, run->count - from);
                 const bool last = from + count == run->count;
-                multiply(down, panel ? s.panel : nullptr, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
+                multiply(down, panel ? s.panel : nullptr, *run, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
                 for (long t = 0; t < count; ++t) {
                     float* y = s.gate + t * MAX_ROWS;
                     finish(y, n, c.w2_scale, c.b2, run->expert * c.hidden + first, 1);
@@ -390,8 +382,6 @@ class Layer {
         for (long i = 0; i < n; ++i) out[i] += weight * y[i];
     }
 };
-
-thread_local Arena arena;
 
 template <class K>
 int run(const Call& call) {

@@ -21,7 +21,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? b13, Tensor? b2, Tensor? w13_scale, "
     "Tensor? w2_scale, int layout, int kind, float alpha, float beta, float? limit, bool clamp_after, float? gate_softcap, "
-    "float? up_softcap, bool input_weighting, bool rows) -> Tensor"
+    "float? up_softcap, bool input_weighting, bool rows, bool invariant) -> Tensor"
 )
 _ops = torch.library.Library("moerunner", "FRAGMENT")
 _ops.define(f"cpu_experts{_SCHEMA}")
@@ -48,6 +48,7 @@ def run(
     up_softcap: float | None,
     input_weighting: bool,
     rows: bool,
+    invariant: bool,
     *,
     own_threads: bool = False,
 ) -> Tensor:
@@ -59,6 +60,7 @@ def run(
         ids_TK: int64, any outside 0..E-1 is no expert. weights_TK: float32.
         layout: index into `LAYOUTS`, of w13's rows. kind: index into `KINDS`.
         rows: [T, K, H] unweighted rows in x's dtype instead of [T, H] weighted sums in float32.
+        invariant: a token's bits do not depend on the batch, which AMX is not used for.
         own_threads: not those of PyTorch's pool.
     """
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
@@ -79,7 +81,7 @@ def run(
         x_TH.data_ptr(), ids_TK.data_ptr(), None if input_weighting or rows else weights_TK.data_ptr(),
         w13.data_ptr(), w2.data_ptr(), _pointer(b13), _pointer(b2), _pointer(w13_scale), _pointer(w2_scale), out.data_ptr(),
         tokens, k, experts, hidden, inter, x_TH.stride(0), *w13.stride(), *w2.stride(),
-        _DTYPES[x_TH.dtype], _DTYPES[w13.dtype], layout, kind, input_weighting, rows,
+        _DTYPES[x_TH.dtype], _DTYPES[w13.dtype], layout, kind, input_weighting, rows, invariant,
         alpha, beta, math.inf if limit is None else limit, gate_softcap or 0.0, up_softcap or 0.0,
         clamp_after, torch.get_num_threads(), None if own_threads else library.torch_threads(),
     )  # fmt: skip
@@ -101,8 +103,9 @@ def _cpu(*args) -> Tensor:
 @torch.library.register_fake("moerunner::cpu_experts")
 def _(x_TH, ids_TK, weights_TK, w13, w2, *rest):
     tokens, k = ids_TK.shape
-    shape = (tokens, k, w2.shape[1]) if rest[-1] else (tokens, w2.shape[1])
-    return torch.empty(shape, dtype=x_TH.dtype if rest[-1] else torch.float32, device=x_TH.device)
+    rows = rest[-2]
+    shape = (tokens, k, w2.shape[1]) if rows else (tokens, w2.shape[1])
+    return torch.empty(shape, dtype=x_TH.dtype if rows else torch.float32, device=x_TH.device)
 
 
 cpu_experts = torch.ops.moerunner.cpu_experts.default

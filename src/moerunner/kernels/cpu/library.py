@@ -7,21 +7,23 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from moerunner.errors import UnsupportedError
-from moerunner.kernels.cpu.build import FOLDER, RECORD, file_of, paths
+from moerunner.kernels.cpu.build import FOLDER, RECORD, digest, file_of, paths
 
 SWITCH = "MOERUNNER_CPU_ISA"
 _NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"},
 }
 _FIELDS = (
     *((name, ctypes.c_void_p) for name in "x ids weights w13 w2 b13 b2 w13_scale w2_scale out".split()),
     *((name, ctypes.c_int64) for name in "tokens top_k experts hidden inter x_step".split()),
     *((name, ctypes.c_int64) for name in "w13_expert w13_row w13_column w2_expert w2_row w2_column".split()),
-    *((name, ctypes.c_int64) for name in "x_dtype w_dtype layout kind per_slot rows".split()),
+    *((name, ctypes.c_int64) for name in "x_dtype w_dtype layout kind per_slot rows invariant".split()),
     *((name, ctypes.c_double) for name in "alpha beta limit gate_softcap up_softcap".split()),
     *((name, ctypes.c_int64) for name in "clamp_after threads".split()),
     ("fork", ctypes.c_void_p),
@@ -32,6 +34,20 @@ class Call(ctypes.Structure):
     """`struct Call` of experts.cpp."""
 
     _fields_ = list(_FIELDS)
+
+
+class RouteCall(ctypes.Structure):
+    """`struct RouteCall` of route.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x gate gate_bias selection_bias expert_scale global_scale given types".split()),
+        *((name, ctypes.c_void_p) for name in "ids weights shared".split()),
+        *((name, ctypes.c_int64) for name in "tokens logits experts top_k hidden x_row x_column gate_row".split()),
+        *((name, ctypes.c_int64) for name in "x_dtype gate_dtype score by_logit groups kept best_two renormalise sets".split()),
+        *((name, ctypes.c_double) for name in "scale softcap fill eps p jitter factor".split()),
+        ("threads", ctypes.c_int64),
+        ("fork", ctypes.c_void_p),
+    ]
 
 
 @cache
@@ -49,18 +65,34 @@ def absent(path: str) -> str:
     lacking = sorted(_NEEDS.get(path, set()) - _instructions())
     if lacking:
         return f"the processor has no {', '.join(lacking)}"
-    if not file_of(path).exists():
-        return _not_built(path)
-    return ""
+    return _not_built(path) or ("" if path != "amx" else _forbidden())
+
+
+@cache
+def _forbidden() -> str:
+    """Why Linux does not let this process use the tiles of AMX, which it has to ask for; empty when it does."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    if ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data) == 0:
+        return ""
+    return f"the system does not permit AMX: {os.strerror(ctypes.get_errno())}"
 
 
 def _not_built(path: str) -> str:
+    record, found = _record(), file_of(path).exists()
+    if not record:
+        why = "was not compiled"
+    elif not found:
+        why = f"was not compiled, since {record['missing'].get(path, 'its file is gone')}"
+    elif record.get("sources") != digest():
+        why = "was compiled from other sources"
+    else:
+        return ""
+    return f"{why}; run: python -m moerunner.kernels.cpu.build"
+
+
+def _record() -> dict[str, Any]:
     record = FOLDER / RECORD
-    again = "run: python -m moerunner.kernels.cpu.build"
-    if not record.exists():
-        return f"was not compiled; {again}"
-    reason = json.loads(record.read_text())["missing"].get(path, "its file is gone")
-    return f"was not compiled, since {reason}; {again}"
+    return json.loads(record.read_text()) if record.exists() else {}
 
 
 @cache
@@ -88,6 +120,7 @@ def load(path: str) -> ctypes.CDLL:
         raise UnsupportedError(reason, where=f"cpu kernels, path {path!r}")
     library = ctypes.CDLL(str(file_of(path)))
     library.moerunner_experts.argtypes = [ctypes.POINTER(Call)]
+    library.moerunner_route.argtypes = [ctypes.POINTER(RouteCall)]
     library.moerunner_kept.restype = ctypes.c_int64
     return library
 

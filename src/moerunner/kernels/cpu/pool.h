@@ -1,4 +1,4 @@
-// Threads and memory.
+// Threads and memory, the same ones for all sources of a library.
 
 #pragma once
 
@@ -10,8 +10,6 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-
-namespace {
 
 typedef void (*Work)(void*);
 typedef void (*Fork)(Work, void*, unsigned threads, unsigned flags);  // GOMP_parallel
@@ -62,7 +60,7 @@ class Threads {
 };
 
 // One call at a time has them; another that comes meanwhile runs alone.
-inline void run_threads(Work work, void* data, int count) {
+inline void run_own_threads(Work work, void* data, int count) {
     static Threads* threads = new Threads;
     static std::mutex busy;
     std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
@@ -70,6 +68,18 @@ inline void run_threads(Work work, void* data, int count) {
         threads->run(work, data, count);
     else
         work(data);
+}
+
+constexpr double READS_A_THREAD = 50e3;  // numbers that are worth another thread
+
+// Has so many threads do the work, the calling one among them. fork: starts those of another pool.
+inline void run_threads(Work work, void* data, long count, Fork fork) {
+    if (count <= 1)
+        work(data);
+    else if (fork)
+        fork(work, data, (unsigned)count, 0);
+    else
+        run_own_threads(work, data, (int)count);
 }
 
 // Numbers 0, 1, ... handed out to whoever asks, and a wait for all of them to be done. It holds with any number of threads.
@@ -86,6 +96,17 @@ struct Tasks {
 #endif
             if (spins > 4000) sched_yield();
         }
+    }
+
+    // Every task once, each with the one that this thread does after it; returns when all are done, also those of others.
+    template <class F>
+    void each(F f) {
+        for (long task = take(), next; task < count; task = next) {
+            next = take();
+            f(task, next);
+            finish();
+        }
+        wait();
     }
 };
 
@@ -113,6 +134,8 @@ class Arena {
     size_t size_ = 0;
 };
 
+inline thread_local Arena arena;
+
 // Cuts an arena into arrays; without memory it only counts.
 struct Cut {
     char* at;
@@ -125,5 +148,3 @@ struct Cut {
         return array;
     }
 };
-
-}  // namespace

@@ -51,6 +51,9 @@ INLINE void store(void* p, V v) {
     memcpy(p, &v, sizeof v);
 }
 
+INLINE long up_to(long n, long unit) { return (n + unit - 1) / unit * unit; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
 INLINE vf broadcast(float x) { return x - (vf){}; }
 
 INLINE vf widen_half(vh h) {
@@ -65,6 +68,24 @@ INLINE vf widen_half(vh h) {
     vu special = (vu)((vi)rest >= (vi)(vu)(0x7c00u << 13 | (vu){}));
     return (vf)(((special & (rest | 0x7f800000u)) | (~special & (vu)scaled)) | sign);
 #endif
+}
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+
+INLINE long size_of(long dtype) { return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2; }
+
+// Number i of a tensor of floats.
+INLINE float to_float(const void* p, long i, long dtype) {
+    if (dtype == FLOAT32) return ((const float*)p)[i];
+    vu bits = {((const uint16_t*)p)[i]};
+    return dtype == BFLOAT16 ? ((vf)(bits << 16))[0] : widen_half(__builtin_convertvector(bits, vh))[0];
+}
+
+// LANES of them.
+INLINE vf to_floats(const void* p, long i, long dtype) {
+    if (dtype == FLOAT32) return load<vf>((const float*)p + i);
+    vh bits = load<vh>((const uint16_t*)p + i);
+    return dtype == BFLOAT16 ? (vf)(__builtin_convertvector(bits, vu) << 16) : widen_half(bits);
 }
 
 // Round to nearest even, in the low 16 bits; NaN stays NaN.
