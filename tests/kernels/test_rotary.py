@@ -89,6 +89,17 @@ def test_strides_of_any_kind(device):
             assert torch.equal(out, plain(x, cos, sin.expand(2, -1, -1), forms()[0]))
 
 
+def test_cosines_that_lie_across(device, seen):
+    """gpt-oss's angles are a transposed product."""
+    module = module_of(halves)
+    q, k, cos, sin = drawn(torch.float32, device, tokens=3)
+    cos, sin = (t.mT.contiguous().mT for t in (cos, sin))
+    with rotary.replaced([module]):
+        found = module.apply_rotary_pos_emb(q, k, cos, sin)
+    assert len(seen) == 1, "the kernel was not used"
+    assert all(map(torch.equal, found, halves(q, k, cos, sin)))
+
+
 def test_nothing_to_turn(device):
     from moerunner.kernels.rotary import rotary as kernel
 

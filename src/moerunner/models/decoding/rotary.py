@@ -138,6 +138,7 @@ class _Replacement:
 
         *given, cos, sin = args
         q, k = (swapped(x) for x in (*given, None)[:2])
+        cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))  # gpt-oss transposes its angles
         out = tuple(map(swapped, rotary(q, k, cos, sin, form)))
         return out if self._count == 2 else out[0]
 
@@ -150,7 +151,9 @@ def _fit(tensors: Sequence[Any], heads_at: int) -> bool:
     x = given[0]
     if not all(t.ndim == 4 and t.dtype == x.dtype and t.shape[-1] == x.shape[-1] for t in given):
         return False
-    if cos.ndim != 3 or cos.shape != sin.shape or any(t.device != x.device or t.stride(-1) != 1 for t in tensors):
+    if cos.ndim != 3 or cos.shape != sin.shape or any(t.device != x.device for t in tensors):
+        return False
+    if any(t.stride(-1) != 1 for t in given):
         return False
     tokens = {(t.shape[0], t.shape[3 - heads_at]) for t in given}
     if tokens != {(x.shape[0], cos.shape[1])} or cos.shape[0] not in (1, x.shape[0]):
