@@ -384,7 +384,7 @@ def test_a_single_token_attends_without_copies_of_keys():
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    found, _ = attend(module, query, key, value, mask, scaling=0.3)
+    found, _ = attend(sdpa_attention_forward, module, query, key, value, mask, scaling=0.3)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

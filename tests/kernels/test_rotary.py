@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +16,7 @@ pytest.importorskip("triton")
 
 import moerunner  # noqa: E402
 from moerunner.models.decoding import fused, rotary  # noqa: E402
+from moerunner.models.decoding.swap import swapped  # noqa: E402
 from moerunner.verify import tiny_model  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -134,15 +134,19 @@ def test_the_form_of_a_family_is_found_out(family, columns, form, device):
     own = getattr(module, name)
     q, k, cos, sin = drawn(DTYPES[-1], device, tokens=2, columns=columns)
     given = (q, cos, sin) if family in ("gemma4", "deepseek_v4") else (q, k, cos, sin)
-    with rotary.replaced([module]):
+    with replaced(module):
         ours = getattr(module, name)
-        found = ours._form(given, {})
+        found = ours.ours._form(given, {})
         assert found == (None if form is None else forms()[form])
         out = ours(*given)
     assert getattr(module, name) is own
     expected = own(*given)
     out, expected = (x if isinstance(x, tuple) else (x,) for x in (out, expected))
     assert all(map(torch.equal, out, expected))
+
+
+def replaced(*modules):
+    return swapped([(vars(module), name) for module in modules for name in rotary.NAMES], rotary.Fused.of)
 
 
 def module_of(function):
@@ -182,7 +186,7 @@ def test_heads_behind_tokens(seen, device):
     q, k, cos, sin = drawn(torch.float32, device, tokens=4)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     module = module_of(halves)
-    with rotary.replaced([module]):
+    with replaced(module):
         found = module.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     assert seen
     assert all(map(torch.equal, found, halves(q, k, cos, sin, unsqueeze_dim=2)))
@@ -196,7 +200,7 @@ def maybe_keys(q, k, cos, sin, unsqueeze_dim=1):
 def test_without_keys(seen, device):
     q, k, cos, sin = drawn(torch.float32, device, tokens=2)
     module = module_of(maybe_keys)
-    with rotary.replaced([module]):
+    with replaced(module):
         for keys in (None, k):
             found = module.apply_rotary_pos_emb(q, keys, cos, sin)
             expected = maybe_keys(q, keys, cos, sin)
@@ -221,7 +225,7 @@ def test_without_keys(seen, device):
 def test_other_tensors_go_to_the_models_own(change, seen, device):
     given = change(*drawn(torch.float32, device, tokens=4, batch=2))
     module = module_of(halves)
-    with rotary.replaced([module]):
+    with replaced(module):
         found = module.apply_rotary_pos_emb(*given)
         assert all(x.requires_grad == y.requires_grad for x, y in zip(found, halves(*given), strict=True))
     assert not seen
@@ -235,7 +239,7 @@ def test_a_function_that_computes_something_else_is_left_alone(seen, device):
 
     given = drawn(torch.float32, device)
     module = module_of(odd)
-    with rotary.replaced([module]):
+    with replaced(module):
         assert torch.equal(module.apply_rotary_pos_emb(*given)[0], odd(*given)[0])
     assert not seen
 
@@ -243,57 +247,8 @@ def test_a_function_that_computes_something_else_is_left_alone(seen, device):
 @pytest.mark.parametrize("function", [lambda x, sin, cos: x, lambda q, k, v, cos, sin: q, lambda q, freqs_cis: q, 3])
 def test_a_function_of_other_arguments_is_left_alone(function):
     module = module_of(function)
-    with rotary.replaced([module]):
+    with replaced(module):
         assert module.apply_rotary_pos_emb is function
-
-
-def test_the_last_to_leave_puts_it_back(seen, device):
-    module, given = module_of(halves), drawn(torch.float32, device, tokens=3)
-
-    def interrupted():
-        with rotary.replaced([module]):
-            with rotary.replaced([module]):
-                pass
-            module.apply_rotary_pos_emb(*given)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert len(seen) == 1, "the inner one put it back"
-    assert module.apply_rotary_pos_emb is halves
-
-
-def test_another_thread_sees_no_change(seen, device):
-    module, given, found = module_of(halves), drawn(torch.float32, device, tokens=3), []
-    inside, leave = threading.Event(), threading.Event()
-
-    def elsewhere():
-        with rotary.replaced([module]):
-            inside.set()
-            leave.wait()
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    inside.wait()
-    try:
-        found = module.apply_rotary_pos_emb(*given)
-        assert not seen, "this thread did not ask for it"
-        with rotary.replaced([module]):
-            module.apply_rotary_pos_emb(*given)
-            assert len(seen) == 1
-        assert module.apply_rotary_pos_emb is not halves, "the other thread is still inside"
-    finally:
-        leave.set()
-        thread.join()
-    assert all(map(torch.equal, found, halves(*given)))
-    assert module.apply_rotary_pos_emb is halves
-
-
-def test_what_somebody_else_puts_there_stays(device):
-    module = module_of(halves)
-    with rotary.replaced([module]):
-        module.apply_rotary_pos_emb = max
-    assert module.apply_rotary_pos_emb is max
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -301,7 +256,7 @@ def test_the_tokens_are_those_of_generate(family, seen, device):
     model = tiny_model(family).to(device)
     ids = torch.randint(3, 250, (1, 4), device=device)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    with rotary.replaced(rotary.modules_of(model)):
+    with swapped(rotary.places_of(model), rotary.Fused.of):
         made = moerunner.generate(model, input_ids=ids, max_new_tokens=4, pad_token_id=0)
     assert torch.equal(made.sequences, expected)
     assert {tokens for _, _, tokens, _ in seen} == {4, 1}, "the kernel was not used"
@@ -310,10 +265,11 @@ def test_the_tokens_are_those_of_generate(family, seen, device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_changes():
     model = tiny_model("qwen3_moe")
-    (module,) = rotary.modules_of(model)
-    before = dict(vars(module))
+    tables = [table for table, name in rotary.places_of(model) if name in table]
+    assert tables
+    before = [dict(table) for table in tables]
     with fused(model):
-        assert dict(vars(module)) == before
+        assert [dict(table) for table in tables] == before
 
 
 @pytest.mark.parametrize("some", [(0, 5), pytest.param(range(10), marks=pytest.mark.slow)])

@@ -600,6 +600,19 @@ def test_a_bar_counts_bytes_on_a_terminal_and_is_silent_elsewhere(saved, monkeyp
     assert "KiB" in text
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_large_tensor_is_read_in_parts_that_threads_share(dtype, saved, monkeypatch):
+    tensorfile, fill = (sys.modules[f"moerunner.models.{name}"] for name in ("tensorfile", "fill"))
+    expected, sizes, read = load(saved[1], dtype=dtype), [], tensorfile.Reader.read
+    monkeypatch.setattr(fill, "_MOST", 1000)
+    monkeypatch.setattr(
+        tensorfile.Reader, "read", lambda self, t, at, into: sizes.append(into.nbytes) or read(self, t, at, into)
+    )
+    assert_same(load(saved[1], dtype=dtype), expected)
+    assert max(sizes) <= 1000
+    assert max(p.nbytes for p in expected.parameters()) > 4000
+
+
 def test_ctrl_c_ends_the_load_and_its_threads(saved, monkeypatch):
     fill = sys.modules["moerunner.models.fill"]
     before = threading.active_count()

@@ -217,7 +217,7 @@ def sample_apart(folder: Path, layout: Layout) -> str:
     head = model.get_output_embeddings().weight
     head.data += rank * torch.randn(head.shape)
     tokenizer = read_tokenizer(folder)
-    return generate(model, tokenizer, "def f(", max_new_tokens=12, temperature=1.0, layout=bound).text
+    return generate(model, tokenizer, "def f(", max_new_tokens=12, temperature=1.0, layout=bound, prefill_chunk=2).text
 
 
 def memory_of_loading(folder: Path, small: Path, layout: Layout) -> tuple[int, int]:

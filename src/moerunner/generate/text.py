@@ -15,7 +15,6 @@ from moerunner.errors import CheckpointError, SpecError, UnsupportedError
 from moerunner.generate.loop import Loop, no_numbers
 from moerunner.generate.rows import Rows
 from moerunner.models.decoding import fused
-from moerunner.models.decoding.attention import NAME
 from moerunner.models.decoding.cache import MULTIPLE, Unfit, static_cache
 from moerunner.parallel.group import TorchComm
 from moerunner.parallel.layout import BoundLayout
@@ -240,7 +239,7 @@ def _by_our_loop(
     if mode not in ("greedy_search", "sample"):
         raise Unfit(f"{str(mode.value).replace('_', ' ')} is its own")
     attention = str(model.config._attn_implementation)
-    if attention not in ("sdpa", "eager", NAME):
+    if attention not in ("sdpa", "eager"):
         raise Unfit(f"the attention is {attention}")
     cache = static_cache(model, config.max_new_tokens + ids.shape[1])
     ours = {"custom_generate": loop, "past_key_values": cache, "cache_implementation": None}

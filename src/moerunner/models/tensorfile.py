@@ -137,16 +137,15 @@ class Reader:
         if tensor.nbytes == 0:
             return
         position = tensor.position(within)
-        for inner in boxes(tuple(side.stop - side.start for side in within), self._size // tensor.dtype.itemsize):
-            shape = [side.stop - side.start for side in inner]
+        for box in pieces_of(within, self._size // tensor.dtype.itemsize):
+            shape = [side.stop - side.start for side in box]
             piece, copied = self._pieces[self._turn]
             self._turn = (self._turn + 1) % len(self._pieces)
             values = piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
             if copied is not None:
                 copied.synchronize()
             self.read(tensor, position, values)
-            pairs = zip(within, inner, strict=True)
-            yield tuple(slice(outer.start + side.start, outer.start + side.stop) for outer, side in pairs), values
+            yield box, values
             if copied is not None:
                 copied.record(torch.cuda.current_stream(self._gpu))
             position += values.nbytes
@@ -174,7 +173,7 @@ class Reader:
             raise CheckpointError(f"cannot be read at {tensor.name!r}: {error.strerror}", where=str(tensor.file)) from error
 
     def _open(self, path: Path) -> FileIO:
-        if self._file is None or self._path != path:
+        if self._file is None or (self._path is not path and self._path != path):
             self.close()
             self._file, self._path = FileIO(path), path
         return self._file
@@ -189,6 +188,12 @@ class Reader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def pieces_of(box: tuple[slice, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts a box that is contiguous in memory into boxes of at most `most` numbers, which are so too, in order."""
+    for inner in boxes(tuple(side.stop - side.start for side in box), most):
+        yield tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(box, inner, strict=True))
 
 
 def boxes(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:

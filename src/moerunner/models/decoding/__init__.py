@@ -14,5 +14,5 @@ from moerunner.models.decoding.attention import without_copies
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     """Inside, what a model computes around its products takes fewer launches on a GPU; its results are the same."""
-    with without_copies(model), norms.one_launch(model), rotary.one_launch(model):
+    with without_copies(), norms.one_launch(model), rotary.one_launch(model):
         yield

@@ -7,34 +7,31 @@ too. PyTorch turns a mask of truths into numbers to add at each call, in three l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-NAME = "moerunner_sdpa"
+from moerunner.models.decoding.swap import swapped
+
 _added: Any = WeakIdKeyDictionary()  # what is added to scores for each mask that is alive, by dtype
 
 
 @contextmanager
-def without_copies(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's scaled-dot-product attention copies nothing for a single token."""
-    configs = _configs(model)
-    if configs:
-        _register()
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
+def without_copies() -> Iterator[None]:
+    """Inside, this thread's scaled-dot-product attention copies nothing for a single token, and no mask for each layer."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with swapped([(ALL_ATTENTION_FUNCTIONS, "sdpa")], lambda own: partial(attend, own)):
         yield
-    finally:
-        for config in configs.values():
-            config._attn_implementation_internal = "sdpa"
 
 
 def attend(
+    own: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -44,19 +41,21 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """In place of Transformers' `sdpa_attention_forward`, with its arguments and its result.
+    """In place of Transformers' function, `own`, with its arguments and its result.
 
     query: [B, heads, T, D]. key, value: [B, groups, L, D]. Gives [B, T, heads, D].
     """
     from transformers.integrations import sdpa_attention
 
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+    same = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if attention_mask is None or kwargs.get("position_bias") is not None:
+        return own(module, query, key, value, attention_mask, **same)
+    if attention_mask.dtype == torch.bool:
         attention_mask = _to_add(attention_mask, query.dtype)
     heads, groups = query.shape[1], key.shape[1]
-    packs = hasattr(sdpa_attention, "pack_gqa") or kwargs.get("position_bias") is not None
-    if packs or query.shape[2] != 1 or heads == groups or attention_mask is None or attention_mask.shape[1] != 1:
-        own = sdpa_attention.sdpa_attention_forward
-        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    repeats = heads != groups and not hasattr(sdpa_attention, "pack_gqa")
+    if not repeats or query.shape[2] != 1 or attention_mask.shape[1] != 1:
+        return own(module, query, key, value, attention_mask, **same)
     out = nn.functional.scaled_dot_product_attention(
         query.reshape(query.shape[0], groups, heads // groups, query.shape[-1]),
         key,
@@ -74,16 +73,3 @@ def _to_add(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in made:
         made[dtype] = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
     return made[dtype]
-
-
-def _configs(model: nn.Module) -> dict[int, Any]:
-    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    return {key: config for key, config in found.items() if getattr(config, "_attn_implementation", "") == "sdpa"}
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)

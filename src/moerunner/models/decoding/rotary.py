@@ -10,86 +10,53 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moerunner.models.decoding.swap import Place, swapped
 
 NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 """What modeling modules call it. It takes queries and keys, or one of them, then `cos` and `sin`."""
 
 _ROWS, _TOKENS = 1, 3  # of a trial
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_lock = threading.Lock()
-_inside = threading.local()  # how deep this thread is inside: others that run the same modules go on as they were
 
 
 @contextmanager
 def one_launch(model: nn.Module) -> Iterator[None]:
     """Inside, this thread's calls of a model's rotary embedding run as a kernel. Without a GPU or Triton nothing changes."""
     there = next(model.parameters()).is_cuda and importlib.util.find_spec("triton") is not None
-    with replaced(modules_of(model) if there else ()):
+    with swapped(places_of(model) if there else [], Fused.of):
         yield
 
 
-@contextmanager
-def replaced(modules: Sequence[ModuleType]) -> Iterator[None]:
-    """Inside, the modules have a function that looks for a form. The last to leave a module puts back what was there."""
-    me = object()
-    try:
-        with _lock:
-            for module, name in ((module, name) for module in modules for name in NAMES):
-                own = vars(module).get(name)
-                ours = own if isinstance(own, _Replacement) else _Replacement.of(own)
-                if ours is not None:
-                    ours.users.add(me)
-                    setattr(module, name, ours)
-        _inside.depth = getattr(_inside, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            _inside.depth -= 1
-    finally:
-        with _lock:
-            for module, name in ((module, name) for module in modules for name in NAMES):
-                ours = vars(module).get(name)
-                if isinstance(ours, _Replacement):  # else somebody put another there meanwhile
-                    ours.users.discard(me)
-                    if not ours.users:
-                        setattr(module, name, ours.own)
-
-
-def modules_of(model: nn.Module) -> list[ModuleType]:
-    """The Python modules of a model's code that have such a function."""
+def places_of(model: nn.Module) -> list[Place]:
+    """Where the Python modules of a model's code may have such functions."""
     names = dict.fromkeys(kind.__module__ for kinds in {type(m).__mro__ for m in model.modules()} for kind in kinds)
-    found = [sys.modules[name] for name in names if name in sys.modules]
-    return [module for module in found if any(name in vars(module) for name in NAMES)]
+    return [(vars(sys.modules[module]), name) for module in names if module in sys.modules for name in NAMES]
 
 
-class _Replacement:
-    """Called in place of a modeling module's own function.
-
-    count: of queries and keys, how many it takes. users: who put it there and has not left.
-    """
+class Fused:
+    """In place of a modeling module's own function. count: of queries and keys, how many that takes."""
 
     def __init__(self, own: Callable[..., Any], count: int) -> None:
-        self.own, self.users, self._count = own, set[object](), count
+        self.own, self._count = own, count
         self._forms: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
-    def of(cls, own: Any) -> _Replacement | None:
+    def of(cls, own: Any) -> Fused | None:
+        """None if the function takes something else."""
         names = list(inspect.signature(own).parameters) if callable(own) else []
         count = names.index("cos") if "cos" in names else 0
         return cls(own, count) if count in (1, 2) and names[count + 1 : count + 2] == ["sin"] else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        form = None
-        if getattr(_inside, "depth", 0) and len(args) == self._count + 2 and not kwargs.keys() - {"unsqueeze_dim"}:
-            form = self._form(args, kwargs)
+        known = len(args) == self._count + 2 and not kwargs.keys() - {"unsqueeze_dim"}
+        form = self._form(args, kwargs) if known else None
         return self.own(*args, **kwargs) if form is None else self._turned(args, kwargs, form)
 
     def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
