@@ -94,7 +94,7 @@ def test_cosines_that_lie_across(device, seen):
     module = module_of(halves)
     q, k, cos, sin = drawn(torch.float32, device, tokens=3)
     cos, sin = (t.mT.contiguous().mT for t in (cos, sin))
-    with rotary.replaced([module]):
+    with replaced(module):
         found = module.apply_rotary_pos_emb(q, k, cos, sin)
     assert len(seen) == 1, "the kernel was not used"
     assert all(map(torch.equal, found, halves(q, k, cos, sin)))
