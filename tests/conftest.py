@@ -29,6 +29,13 @@ def pytest_configure(config):
         hypothesis.core.global_force_seed = SEED
 
 
+def pytest_collection_modifyitems(items):
+    """What is long has the time that a busy machine takes for it."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 def pytest_report_header():
     return f"MOERUNNER_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread"
 

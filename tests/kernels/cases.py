@@ -50,7 +50,19 @@ class Case:
         """The error that is allowed: twice that of the same computation rounded to the layer's dtype between its steps."""
         exact = self.exact()
         assert exact.isfinite().all(), "a layer without a right result cannot be judged"
-        return 2 * error(_plain(self, torch.float64, self.x.dtype) * self.call.scale, exact) + 1e-6
+        wide = self.x.dtype == torch.float32  # which nothing is rounded to: its error is that of its sums
+        plain = _plain(self, torch.float32, None) if wide else _plain(self, torch.float64, self.x.dtype)
+        return 2 * error(plain * self.call.scale, exact) + 1e-6
+
+    def redrawn(self):
+        """The same problem with the numbers of every tensor in another order."""
+
+        def mixed(t):
+            return torch.empty_like(t).copy_(t.flatten()[torch.randperm(t.numel(), device=t.device)].view(t.shape))
+
+        w = self.weights
+        tensors = {name: mixed(t) for name in ("w13", "w2", "b13", "b2") if (t := w.get(name)) is not None}
+        return dataclasses.replace(self, x=mixed(self.x), weights=ExpertWeights.of(tensors, w.gate_up))
 
 
 def _plain(case: Case, dtype: torch.dtype, rounded: torch.dtype | None):

@@ -77,9 +77,9 @@ def run(model, inputs):
     return output[0]
 
 
-def patched_and_plain(model):
+def patched_and_plain(model, inputs=None):
     """What each block did in Transformers, and the model's outputs without and with the runner; it is patched then."""
-    inputs = inputs_of(model)
+    inputs = inputs_of(model) if inputs is None else inputs
     report = patch(model)
     assert not [s for s in report.skipped if s.reason not in families.LEFT_ALONE.values()]
     with torch.no_grad():
@@ -96,7 +96,8 @@ def patched_and_plain(model):
 @pytest.mark.parametrize("case", tiered(CASES, always=FIRST.values()))
 def test_float32_is_equal_to_transformers_and_to_the_oracle(case):
     model = build(case)
-    report, calls, expected, actual = patched_and_plain(model)
+    inputs = inputs_of(model)
+    report, calls, expected, actual = patched_and_plain(model, inputs)
     name = CASES[case][0]
     assert {r.family for r in report.replaced} == {name}
     assert not any(r.copied_bytes for r in report.replaced) or name in COPY
@@ -117,8 +118,12 @@ def test_float32_is_equal_to_transformers_and_to_the_oracle(case):
         if not check.tied:
             assert relative(y, call.output) <= 2e-6, name
             assert relative(y, oracle.reshape(y.shape)) <= 2e-6, name
-    if not ties:
-        assert relative(actual, expected) <= 1e-5
+    if not ties and relative(actual, expected) > 1e-5:  # of right blocks: a model that makes much of every last digit
+        unpatch(model)
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        with torch.no_grad():
+            exact = run(model.double(), wide)
+        assert relative(actual, exact) <= 2 * relative(expected, exact) + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
