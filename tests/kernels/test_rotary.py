@@ -256,7 +256,7 @@ def test_the_tokens_are_those_of_generate(family, seen, device):
     model = tiny_model(family).to(device)
     ids = torch.randint(3, 250, (1, 4), device=device)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    with swapped(rotary.places_of(model), rotary.Fused.of):
+    with rotary.one_launch(model):
         made = moerunner.generate(model, input_ids=ids, max_new_tokens=4, pad_token_id=0)
     assert torch.equal(made.sequences, expected)
     assert {tokens for _, _, tokens, _ in seen} == {4, 1}, "the kernel was not used"

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def measure(
                 found["decode"].append({"implementation": name, "python": None, "note": str(reason)})
                 continue
             with ready:
-                for key, sizes, run in (("decode", batches, _decode), ("prefill", prompts, _prefill)):
+                prefill = partial(_prefill, static=name == "generate")
+                for key, sizes, run in (("decode", batches, _decode), ("prefill", prompts, prefill)):
                     for size in sizes:
                         if time.monotonic() < end:
                             row = _guarded(run, model, size, context, shares)
@@ -220,11 +222,16 @@ def _step(model: Any, batch: int, context: int) -> tuple[float, float | None, st
     return python, graph if step.captured else None, step.note
 
 
-def _prefill(model: Any, tokens: int, context: int, shares: bool) -> dict[str, Any]:
+def _prefill(model: Any, tokens: int, context: int, shares: bool, *, static: bool) -> dict[str, Any]:
+    """static: into the cache that `generate` has, otherwise into Transformers' own."""
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), device=model.device)
 
+    def prefill() -> object:
+        cache = {"past_key_values": static_cache(model, tokens)} if static else {}
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+
     def run() -> float:
-        return _median(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), _PREFILLS)
+        return _median(prefill, _PREFILLS)
 
     whole = run()
     row: dict[str, Any] = {"python": whole, "note": ""}

@@ -139,9 +139,8 @@ def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored]
     threads = min(_THREADS, os.cpu_count() or 1)
     total = sum(_bytes(what, stored, name) for name, what in jobs)
     with progress("Loading weights", total) as step, ThreadPoolExecutor(threads) as pool:
-        workers = [pool.submit(work, step) for _ in range(threads)]
         try:
-            for worker in as_completed(workers):
+            for worker in as_completed([pool.submit(work, step) for _ in range(threads)]):
                 worker.result()
         except BaseException:  # Ctrl-C too
             stop.set()

@@ -7,7 +7,6 @@ A function that fits none stays as it is.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @contextmanager
 def one_launch(model: nn.Module) -> Iterator[None]:
-    """Inside, this thread's calls of a model's rotary embedding run as a kernel. Without a GPU or Triton nothing changes."""
-    there = next(model.parameters()).is_cuda and importlib.util.find_spec("triton") is not None
-    with swapped(places_of(model) if there else [], Fused.of):
+    """Inside, this thread's calls of a model's rotary embedding run as a kernel."""
+    with swapped(places_of(model), Fused.of):
         yield
 
 
