@@ -162,6 +162,16 @@ def test_the_command_fails_if_one_of_ours_is_wrong(cli, monkeypatch):
     assert "wrong" in outcome.out
 
 
+@pytest.mark.usefixtures("tiny")
+def test_what_would_copy_more_than_the_machine_may_have_is_not_tried(cli, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "_MOST_COPIED", 4 * 2 * 3 * 32 * 16 * 4)  # 4 tokens, 2 experts of 3 * 32 * 16 numbers each
+    found = json.loads(cli("bench", "--tokens", "4,5", "--bandwidth", "1", "--tflops", "1", "--json").out)
+    batched = {row["tokens"]: row["problem"] for row in found["results"] if row["implementation"] == "transformers.batched_mm"}
+    assert batched[4] == ""
+    assert batched[5].startswith("not tried: it would copy")
+
+
 @pytest.mark.parametrize("wrong", [("--shapes", "qwen"), ("--routing", "even"), ("--tokens", "0"), ("--only", "nobody")])
 @pytest.mark.usefixtures("tiny")
 def test_the_command_refuses(cli, wrong):

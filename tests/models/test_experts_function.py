@@ -11,7 +11,9 @@ from tiny import build, prompt, relative
 from torch import nn
 
 from moerunner import UnsupportedError
-from moerunner.models.experts_function import run_experts
+from moerunner.models import registry
+from moerunner.models.experts_function import is_experts_module, run_experts
+from moerunner.verify import tiny_model
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 4, 16, 12, 2, 9
 
@@ -121,16 +123,65 @@ def test_alternating_rows_without_a_gate_for_them_are_refused(inputs):
         experts(interleaved=True)(*inputs)
 
 
-def test_gpt_oss_is_refused_rather_than_run_without_its_clamp():
+REFUSED = {"inkling2_text": "caps softly", "muse_spark_text": "norms the experts' output"}
+
+
+@pytest.mark.parametrize("family", [family.name for family in registry.registered()])
+def test_the_experts_of_every_family(family):
+    """Each kind of experts module that a family has, by our function and by its own forward; clamps bite."""
+    try:
+        model = tiny_model(family)
+    except UnsupportedError as reason:
+        pytest.skip(str(reason))
+    modules = {type(m): m for m in model.modules() if is_experts_module(m)}
+    if not modules:
+        pytest.skip("its experts are no module of Transformers' interface")
+    for module in modules.values():
+        hidden = module.down_proj.shape[2 if module.is_transposed else 1]
+        count = module.down_proj.shape[0]
+        ids = torch.stack([torch.randperm(count)[: min(3, count)] for _ in range(TOKENS)])
+        inputs = torch.randn(TOKENS, hidden) * 3, ids, torch.rand(ids.shape)
+        with torch.no_grad():
+            model.set_experts_implementation("eager")
+            expected = module(*inputs)
+            model.set_experts_implementation("moerunner")
+            if family in REFUSED:
+                with pytest.raises(UnsupportedError, match=REFUSED[family]):
+                    module(*inputs)
+            else:
+                assert relative(module(*inputs), expected) <= 2e-6
+
+
+def gpt_oss(**changes):
     from transformers import GptOssConfig, GptOssForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = GptOssConfig(vocab_size=96, num_experts_per_tok=2, **sizes, **heads)
+    config = GptOssConfig(vocab_size=96, num_experts_per_tok=2, **sizes, **heads, **changes)
     model = GptOssForCausalLM(config).eval()
     model.set_experts_implementation("moerunner")
-    with pytest.raises(UnsupportedError, match="GptOssExperts"):
+    return model
+
+
+def test_a_gate_of_a_known_family_follows_its_config():
+    model = gpt_oss(swiglu_limit=0.01)
+    with torch.no_grad():
+        clamped = model(prompt()).logits
+        model.set_experts_implementation("eager")
+        assert relative(clamped, model(prompt()).logits) <= 1e-5
+        assert relative(clamped, gpt_oss()(prompt()).logits) > 1e-3
+
+
+def test_a_known_gate_with_another_source_or_another_limit_is_refused(monkeypatch):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    model = gpt_oss()
+    model.model.layers[0].mlp.experts.limit = 3.0
+    with pytest.raises(UnsupportedError, match="built with: limit"):
         model(prompt())
+    monkeypatch.setattr(GptOssExperts, "_apply_gate", lambda self, gate_up: gate_up[..., ::2])
+    with pytest.raises(UnsupportedError, match="no family was verified with"):
+        gpt_oss()(prompt())
 
 
 def test_a_norm_of_the_experts_output_is_refused(inputs):

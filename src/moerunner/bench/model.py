@@ -351,21 +351,28 @@ def draw(found: dict[str, Any], suffix: str = ".png") -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, 5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    parts = ("moe", "attention", "head", "rest", "launch")
     for panel, key, size in ((panels[0], "decode", "batch"), (panels[1], "prefill", "tokens")):
         rows = [row for row in found[key] if row.get("python") is not None]
-        names = [f"{row['implementation']}\n{row[size]}" for row in rows]
+        places = range(len(rows))
         bottom = [0.0] * len(rows)
-        for part in ("moe", "attention", "head", "rest", "launch"):
+        for part in parts:
             heights = [max(0.0, row.get("share", {}).get(part, 0.0)) * 1e3 for row in rows]
-            panel.bar(names, heights, bottom=bottom, label=part)
+            panel.bar(places, heights, bottom=bottom, label=part)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-        for i, row in enumerate(rows):
-            panel.hlines(row["floor"] * 1e3, i - 0.45, i + 0.45, colors="black")
+        panel.hlines(
+            [row["floor"] * 1e3 for row in rows],
+            [i - 0.45 for i in places],
+            [i + 0.45 for i in places],
+            colors="black",
+            label="floor",
+        )
+        names = [f"{row['implementation']}, {row[size]:,}" for row in rows]
+        panel.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")
         panel.set(title=key, ylabel="ms", xlabel=f"implementation, {size}")
-        panel.legend()
-    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['dtype']}, {found['device']}; line: floor")
-    figure.tight_layout()
+    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['dtype']}, {found['device']}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(parts) + 1, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format=suffix.lstrip("."))
     pyplot.close(figure)

@@ -27,11 +27,13 @@ Run = Callable[[Tensor, TopK, ExpertWeights], Tensor]
 
 @dataclass(frozen=True)
 class Implementation:
-    """run(x, topk, weights). capturable: it waits for nothing, so that a CUDA graph can hold it."""
+    """run(x, topk, weights). capturable: it waits for nothing, so that a CUDA graph can hold it. gathers: it copies the weights
+    of every token's experts."""
 
     run: Run
     ours: bool = False
     capturable: bool = True
+    gathers: bool = False
 
 
 def implementations(shape: Shape, dtype: torch.dtype, device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
@@ -119,7 +121,7 @@ def _transformers(name: str) -> Callable[[Shape, str], Implementation]:
             )  # fmt: skip
             return forward(experts, x, topk.ids, topk.weights)
 
-        return Implementation(run, capturable=name != "eager")
+        return Implementation(run, capturable=name != "eager", gathers=name == "batched_mm")
 
     return make
 

@@ -38,7 +38,7 @@ TIMEOUT = 3600.0  # seconds that a rank may wait, while rank 0 loads and runs th
 def run(
     path: Annotated[str | None, typer.Argument(help="Folder of a model: config.json and safetensors.")] = None,
     family: Annotated[str | None, typer.Option(help="A tiny random model of this model_type instead.")] = None,
-    text: Annotated[str | None, typer.Option(help="What to run on; by default moerunner's own source.")] = None,
+    text: Annotated[str | None, typer.Option(help="A text to run on, not a file; by default moerunner's own source.")] = None,
     tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="At most so many tokens; 1k works.")] = 128,
     oracle_tokens: Annotated[
         int, typer.Option(parser=count, metavar="N", help="Of these, so many in float64, on one rank.")

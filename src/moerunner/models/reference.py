@@ -57,6 +57,15 @@ def unknown(family: Family, block: nn.Module) -> list[str]:
     return [name for name, print_ in found.items() if all(group.sources.get(name) != print_ for group in groups)]
 
 
+def knows(family: Family, kind: type) -> bool:
+    """Whether a class of the package that a family's block is in was a part of the block, with this source, when verified."""
+    near = kind.__module__ in {name.rpartition(".")[0] for name in family.blocks}
+    groups = verified().get(family.name, ()) if near else ()
+    return any(kind.__qualname__ in group.sources for group in groups) and fingerprint(kind) in {
+        group.sources.get(kind.__qualname__) for group in groups
+    }
+
+
 def warning(family: str, classes: list[str]) -> str:
     """What to say of such classes."""
     have, seen = getattr(sys.modules.get("transformers"), "__version__", ""), releases(family)
