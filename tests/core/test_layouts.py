@@ -6,23 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import currently_in_test_context, event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.numerics import assert_as_good_as_plain, assert_close
-from tests.support.running import collected, expected, plain, rank_tokens, run
-from tests.support.strategies import (
-    SEEDS,
-    STORAGES,
-    Storage,
-    Tokens,
-    layouts,
-    make_weights,
-    options_for,
-    replayed,
-    specs,
-    token_counts,
-)
-from torch import Tensor
+from tests.support.numerics import assert_close
+from tests.support.running import check, collected, expected, rank_tokens, run
+from tests.support.strategies import Storage, Tokens, layouts, make_weights, problems, replayed, token_counts
 
 from moerunner import (
     DistributedError,
@@ -63,42 +51,6 @@ BASE = MoESpec(
 LATENT = dataclasses.replace(
     BASE, input_transform=TransformSpec((Linear(in_features=16, out_features=8),)), output_transform=LINEAR
 )
-
-
-def check(
-    spec: MoESpec, layout: Layout, options: Options, seed: int, storage: Storage, rows: list[int], dtype: torch.dtype
-) -> None:
-    if dtype == torch.float32:
-        y, _, wanted = ranks_and_oracle(spec, layout, options, seed, storage, rows, dtype)
-        assert_close(y, wanted)
-    else:
-        assert_as_good_as_plain(lambda n: ranks_and_oracle(spec, layout, options, seed + 10**6 * n, storage, rows, dtype))
-
-
-def ranks_and_oracle(
-    spec: MoESpec, layout: Layout, options: Options, seed: int, storage: Storage, rows: list[int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What all ranks return, one rank in plain PyTorch, and the oracle."""
-    weights = make_weights(spec, seed, dtype, storage)
-    tokens = [replayed(spec, weights, t) for t in rank_tokens(spec, layout, seed + 1, token_counts(layout, rows), dtype)]
-    answers = run(spec, weights, layout, options, tokens)
-    for answer in answers:
-        assert answer.issued == answer.plan.collectives
-        assert answer.y.dtype == dtype
-    got, wanted = collected(layout, options, answers), expected(spec, weights, layout, options, tokens)
-    assert [y.shape for y in got] == [y.shape for y in wanted]
-    by_hand = expected(spec, weights, layout, options, tokens, lambda t: plain(spec, weights, t))
-    if currently_in_test_context():
-        event(f"dispatch {answers[0].plan.step('dispatch').kernel}, output {options.output}")
-    return torch.cat(got).to(dtype), torch.cat(by_hand), torch.cat(wanted)
-
-
-@st.composite
-def problems(draw: st.DrawFn, world: int):
-    spec = draw(specs())
-    layout = draw(layouts(spec.num_experts, world=world))
-    rows = draw(st.lists(st.integers(0, 5), min_size=1, max_size=layout.world))
-    return spec, layout, draw(options_for(layout)), draw(SEEDS), draw(STORAGES), rows
 
 
 @settings(max_examples=100)

@@ -17,6 +17,7 @@ from moerunner import Layout
 from moerunner.generate import generate
 from moerunner.models import runners, tensorfile
 from moerunner.models.checkpoint import read_tokenizer
+from moerunner.models.dtensors import local
 from moerunner.verify.tiny import tiny_inputs, tiny_model
 
 LENGTH, NEW = 12, 8
@@ -70,7 +71,7 @@ def facts(model: Any, generates: bool = True) -> dict[str, Any]:
     }
 
 
-def load_and_run(folder: Path, layout: Layout, generates: bool = True) -> dict[str, Any]:
+def load_and_run(folder: Path, layout: Layout, generates: bool = True, attention: str = "replicate") -> dict[str, Any]:
     """Loads for this rank and counts the bytes that are read of each stored tensor."""
     read: Counter[str] = Counter()
     own = tensorfile.Reader.read
@@ -81,11 +82,12 @@ def load_and_run(folder: Path, layout: Layout, generates: bool = True) -> dict[s
 
     tensorfile.Reader.read = count
     try:
-        model = moerunner.load(folder, layout=layout)
+        model = moerunner.load(folder, layout=layout, attention=attention)
     finally:
         tensorfile.Reader.read = own
     found = facts(model, generates)
-    return {**found, "read": dict(read), "kept": sum(t.nbytes for t in model.state_dict().values())}
+    kept = sum(local(tensor).nbytes for tensor in model.state_dict().values())
+    return {**found, "read": dict(read), "kept": kept, "split": model.moerunner_report.tp_plan}
 
 
 def patch_and_run(family: str, changes: dict[str, Any], layout: Layout, generates: bool = True) -> dict[str, Any]:
@@ -252,3 +254,22 @@ def rebalanced_model(folder: Path, layout: Layout) -> dict[str, Any]:
     told["differ after load_weights"] = [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, kept[n])]
     told |= {"nothing counted": nothing, "counts afterwards": left, "tokens": LENGTH}
     return told | {"top_k": next(iter(runners(model).values())).spec.top_k}
+
+
+def split_model(folder: Path, empty: Path, layout: Layout) -> dict[str, Any]:
+    """What a model says to what it cannot do, of which Transformers' plan splits all but the blocks."""
+    bound = layout.bind()
+    model = moerunner.load(folder, layout=bound, attention="tp_plan")
+    told: dict[str, Any] = {
+        "save": refusal(lambda: model.save_pretrained(empty)),
+        "load_weights": refusal(lambda: moerunner.load_weights(model, folder)),
+    }
+    for name, ranks in {"alone": None, "ranks": bound}.items():
+        told[name] = moerunner.generate(
+            model, None, input_ids=prompt(model), max_new_tokens=NEW, layout=ranks
+        ).sequences.tolist()
+    before, _ = answer(model, generates=False)
+    moerunner.rebalance(model, loads={name: [9, 0, 0, 0, 9, 1, 1, 1] for name in runners(model)})
+    after, _ = answer(model, generates=False)
+    told["moved"] = float(abs(after - before).max() / abs(before).max())
+    return told

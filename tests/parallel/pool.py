@@ -31,13 +31,18 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     answers = pool.call(function, arguments)
     failed = [rank for rank, (error, _) in enumerate(answers) if error is not None]
     if failed:
-        pool.end()
-        del _pools[world]
+        end(world)
         first = min(failed, key=lambda rank: (isinstance(answers[rank][0], TimeoutError), rank))
         error, text = answers[first]
         error.add_note(f"on rank {first} of {world}; ranks that failed: {failed}\n{text}")
         raise error
     return [value for _, value in answers]
+
+
+def end(world: int) -> None:
+    """Ends the processes of this many ranks, if there are any; the next call makes new ones."""
+    if world in _pools:
+        _pools.pop(world).end()
 
 
 class Pool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.support.running import Answer, drawn_tokens
+from tests.support.strategies import make_weights
 from torch.distributed.device_mesh import init_device_mesh
 
 from moerunner import ExpertsSpec, GroupSpec, Layout, MoERunner, MoESpec, Options, RoutingSpec, SharedSpec
@@ -52,6 +54,18 @@ def gradients_of(layout: Layout, options: Options, counts: list[int], seed: int)
     grads = {n: p.grad.numpy() for n, p in runner.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return x.grad.numpy(), grads, list(bound.comm.log), [*plan.collectives, *plan.backward_collectives]
+
+
+def forward(
+    spec: MoESpec, layout: Layout, options: Options, seed: int, storage: Any, rows: list[int], dtype: torch.dtype
+) -> Answer:
+    """This rank's answer to a problem that is made of numbers."""
+    weights, bound = make_weights(spec, seed, dtype, storage), layout.bind()
+    mine = drawn_tokens(spec, weights, layout, seed, rows, dtype)[bound.comm.rank]
+    runner = MoERunner(spec, weights, bound, options)
+    with torch.no_grad():
+        y = runner(mine.x, **mine.inputs)
+    return Answer(y, tuple(bound.comm.log), runner.plan)
 
 
 def rank_main(

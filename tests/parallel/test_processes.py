@@ -7,7 +7,12 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.parallel.ranks import SPEC, rank_main, weights
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tests.parallel.pool import end, on_ranks
+from tests.parallel.ranks import SPEC, forward, rank_main, weights
+from tests.support.running import check
+from tests.support.strategies import problems
 
 from moerunner import LayerWeights, Layout, Options
 from moerunner.ops.reference import reference
@@ -15,21 +20,11 @@ from moerunner.ops.reference import reference
 CASES = [
     pytest.param(Layout(tp=2), Options(), [5, 5], id="tp2"),
     pytest.param(Layout(ep=2, tokens="sharded"), Options(dispatch="alltoall"), [7, 2], id="ep2-alltoall"),
-    pytest.param(Layout(ep=2, tp=2), Options(), [5] * 4, id="ep2-tp2", marks=pytest.mark.slow),
-    pytest.param(Layout(dp=2, tp=2), Options(output="shard"), [5, 5, 4, 4], id="dp2-tp2-shard", marks=pytest.mark.slow),
-    pytest.param(Layout(ep=2, tokens="sharded"), Options(dispatch="allgather"), [3, 0], id="ag", marks=pytest.mark.slow),
-    pytest.param(
-        Layout(ep=2, tp=2, tokens="sharded"),
-        Options(dispatch="alltoall"),
-        [3, 0, 6, 1],
-        id="ep2-tp2-a2a",
-        marks=pytest.mark.slow,
-    ),
 ]
 
 
 @pytest.mark.parametrize(("layout", "options", "counts"), CASES)
-def test_processes_equal_the_oracle(layout: Layout, options: Options, counts: list[int]) -> None:
+def test_processes_with_a_mesh_of_their_own_equal_the_oracle(layout: Layout, options: Options, counts: list[int]) -> None:
     seed = int(torch.randint(1 << 30, ()))
     tokens = [torch.randn(max(counts), SPEC.hidden_size) for _ in range(layout.dp)]
     per_copy = layout.ep * layout.tp
@@ -55,3 +50,40 @@ def test_processes_equal_the_oracle(layout: Layout, options: Options, counts: li
         assert y.shape == tuple(expected.shape)
         if expected.numel():
             assert float((torch.from_numpy(y) - expected).abs().max() / expected.abs().max()) <= 2e-6
+
+
+def on_processes(spec, layout, *rest):
+    """`simulated` on real ranks."""
+    return on_ranks(layout.world, forward, spec, layout, *rest)
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+NO_SHRINKING = settings(
+    suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # processes that failed are made anew
+
+
+@settings(NO_SHRINKING, max_examples=20)
+@given(problems(2), DTYPES)
+def test_every_layer_on_two_ranks(problem, dtype):
+    check(*problem, dtype, on_processes)
+
+
+@settings(NO_SHRINKING, max_examples=12)
+@given(problems(4, least=4), DTYPES)
+def test_every_layer_on_four_ranks(problem, dtype):
+    check(*problem, dtype, on_processes)
+
+
+@pytest.fixture
+def eight():
+    yield
+    end(8)  # their groups' threads would go on looking for work beside all other tests
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(NO_SHRINKING, max_examples=40)
+@given(problems(8, least=8), DTYPES)
+def test_every_layer_on_eight_ranks(eight, problem, dtype):
+    check(*problem, dtype, on_processes)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from hypothesis import currently_in_test_context, event
+from tests.support.numerics import assert_as_good_as_plain, assert_close
 from tests.support.plain import plain_layer
-from tests.support.strategies import Tokens, make_tokens
+from tests.support.strategies import Storage, Tokens, make_tokens, make_weights, replayed, token_counts
 from torch import Tensor
 
 from moerunner import LayerWeights, Layout, MoERunner, MoESpec, Options, Plan
@@ -97,3 +100,63 @@ def plain(spec: MoESpec, weights: LayerWeights, tokens: Tokens) -> Tensor:
     top = tokens.inputs["topk"]
     with torch.no_grad():
         return plain_layer(spec, weights, tokens.x, top.ids, top.weights, top.shared_weights)
+
+
+def simulated(
+    spec: MoESpec, layout: Layout, options: Options, seed: int, storage: Storage, rows: list[int], dtype: torch.dtype
+) -> list[Answer]:
+    """The answer of each rank, as threads of this process, to a problem that is made of numbers."""
+    weights = make_weights(spec, seed, dtype, storage)
+    return run(spec, weights, layout, options, drawn_tokens(spec, weights, layout, seed, rows, dtype))
+
+
+def drawn_tokens(
+    spec: MoESpec, weights: LayerWeights, layout: Layout, seed: int, rows: list[int], dtype: torch.dtype
+) -> list[Tokens]:
+    """Of each rank; their routing comes with them."""
+    tokens = rank_tokens(spec, layout, seed + 1, token_counts(layout, rows), dtype)
+    return [replayed(spec, weights, one) for one in tokens]
+
+
+def check(
+    spec: MoESpec,
+    layout: Layout,
+    options: Options,
+    seed: int,
+    storage: Storage,
+    rows: list[int],
+    dtype: torch.dtype,
+    ranks: Callable[..., list[Answer]] = simulated,
+) -> None:
+    """That all ranks give what the oracle gives, with the collectives that the plan names. ranks: how they are run."""
+    problem = (spec, layout, options)
+    if dtype == torch.float32:
+        y, _, wanted = ranks_and_oracle(*problem, seed, storage, rows, dtype, ranks)
+        assert_close(y, wanted)
+    else:
+        assert_as_good_as_plain(lambda n: ranks_and_oracle(*problem, seed + 10**6 * n, storage, rows, dtype, ranks))
+
+
+def ranks_and_oracle(
+    spec: MoESpec,
+    layout: Layout,
+    options: Options,
+    seed: int,
+    storage: Storage,
+    rows: list[int],
+    dtype: torch.dtype,
+    ranks: Callable[..., list[Any]] = simulated,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What all ranks return, one rank in plain PyTorch, and the oracle."""
+    weights = make_weights(spec, seed, dtype, storage)
+    tokens = drawn_tokens(spec, weights, layout, seed, rows, dtype)
+    answers = ranks(spec, layout, options, seed, storage, rows, dtype)
+    for answer in answers:
+        assert answer.issued == answer.plan.collectives
+        assert answer.y.dtype == dtype
+    got, wanted = collected(layout, options, answers), expected(spec, weights, layout, options, tokens)
+    assert [y.shape for y in got] == [y.shape for y in wanted]
+    by_hand = expected(spec, weights, layout, options, tokens, lambda t: plain(spec, weights, t))
+    if currently_in_test_context():
+        event(f"dispatch {answers[0].plan.step('dispatch').kernel}, output {options.output}")
+    return torch.cat(got).to(dtype), torch.cat(by_hand), torch.cat(wanted)

@@ -343,14 +343,14 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, num_experts: int, *, world: int = 4) -> Layout:
-    """Every mix of dp, ep and tp with at least two and at most `world` ranks."""
+def layouts(draw: st.DrawFn, num_experts: int, *, world: int = 4, least: int = 2) -> Layout:
+    """Every mix of dp, ep and tp with at least `least` and at most `world` ranks."""
     shapes = [
         (dp, ep, tp)
         for dp in (1, 2)
-        for ep in (1, 2, 3, 4)
-        for tp in (1, 2, 3, 4)
-        if 1 < dp * ep * tp <= world and (ep * tp > 1 or dp > 1)
+        for ep in (1, 2, 3, 4, 8)
+        for tp in (1, 2, 3, 4, 8)
+        if least <= dp * ep * tp <= world and (ep * tp > 1 or dp > 1)
     ]
     dp, ep, tp = draw(st.sampled_from(shapes))
     tokens = draw(st.sampled_from(["replicated", "sharded"]))
@@ -388,3 +388,12 @@ def token_counts(layout: Layout, rows: list[int]) -> list[int]:
     """Tokens per rank: one number per rank where tokens are sharded, one per copy otherwise."""
     per_copy = layout.ep * layout.tp
     return [rows[r % len(rows)] if layout.tokens == "sharded" else rows[r // per_copy % len(rows)] for r in range(layout.world)]
+
+
+@st.composite
+def problems(draw: st.DrawFn, world: int, least: int = 2):
+    """A layer, a layout of `least` to `world` ranks, options, a seed, how weights are stored, and tokens of the ranks."""
+    spec = draw(specs())
+    layout = draw(layouts(spec.num_experts, world=world, least=least))
+    rows = draw(st.lists(st.integers(0, 5), min_size=1, max_size=layout.world))
+    return spec, layout, draw(options_for(layout)), draw(SEEDS), draw(STORAGES), rows

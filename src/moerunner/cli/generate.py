@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from moerunner.cli import files
-from moerunner.cli.ranks import DpOption, EpOption, TimeoutOption, TpOption, bound_layout, device_of_rank
+from moerunner.cli.ranks import (
+    Attention,
+    AttentionOption,
+    DpOption,
+    EpOption,
+    TimeoutOption,
+    TpOption,
+    bound_layout,
+    device_of_rank,
+)
 from moerunner.cli.shell import (
     Answer,
     DebugOption,
@@ -55,6 +64,7 @@ def run(
     tp: TpOption = None,
     ep: EpOption = None,
     dp: DpOption = None,
+    attention: AttentionOption = Attention.replicate,
     timeout: TimeoutOption = TIMEOUT,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -77,7 +87,7 @@ def run(
     if not allow_unpatched:
         refuse_without_a_block(looked_at)
     tokenizer = load_tokenizer(path)
-    model = load(path, dtype=weights, device=where, layout=bound)  # draws a bar of its own
+    model = load(path, dtype=weights, device=where, layout=bound, attention=attention)  # draws a bar of its own
     in_turn = InTurn(screen, texts)
     made = generate(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import signal
 import threading
@@ -17,9 +18,21 @@ from moerunner.errors import DistributedError, SpecError
 if TYPE_CHECKING:
     from moerunner.parallel.layout import BoundLayout
 
+
+class Attention(enum.StrEnum):
+    """What each rank has of what lies outside of the MoE blocks."""
+
+    replicate = "replicate"
+    tp_plan = "tp_plan"
+
+
 TpOption = Annotated[int | None, typer.Option("--tp", min=1, help="Under torchrun: ranks that share each expert's width.")]
 EpOption = Annotated[int | None, typer.Option("--ep", min=1, help="Under torchrun: ranks that share the experts.")]
 DpOption = Annotated[int | None, typer.Option("--dp", min=1, help="Under torchrun: copies of the model, on the same input.")]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option("--attention", help="Under torchrun: attention and dense parts whole on each rank, or by Transformers' plan."),
+]
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", min=1.0, help="Under torchrun: seconds that a rank may wait for another one.")
 ]

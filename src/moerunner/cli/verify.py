@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from moerunner.cli.ranks import DpOption, EpOption, TimeoutOption, TpOption, bound_layout, device_of_rank
+from moerunner.cli.ranks import (
+    Attention,
+    AttentionOption,
+    DpOption,
+    EpOption,
+    TimeoutOption,
+    TpOption,
+    bound_layout,
+    device_of_rank,
+)
 from moerunner.cli.shell import (
     MISMATCH,
     OK,
@@ -50,6 +59,7 @@ def run(
     tp: TpOption = None,
     ep: EpOption = None,
     dp: DpOption = None,
+    attention: AttentionOption = Attention.replicate,
     timeout: TimeoutOption = TIMEOUT,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -59,11 +69,15 @@ def run(
         raise typer.BadParameter("give the folder of a model, or --family NAME, and not both")
     if record and path is None:
         raise typer.BadParameter("--record needs the folder of a model")
+    if attention != Attention.replicate and path is None:
+        raise typer.BadParameter("--attention needs the folder of a model")
     quiet_transformers()
     bound = bound_layout(tp, ep, dp, timeout=timeout)
+    from moerunner.models.attention import check as check_attention
     from moerunner.models.checkpoint import check_folder
     from moerunner.verify import digests, verify
 
+    check_attention(attention, bound)
     screen = Screen(quiet=json)
     where = torch_device(device_of_rank(device, bound))
     if record and path is not None and (bound is None or bound.comm.rank == 0):
@@ -73,7 +87,15 @@ def run(
         from moerunner.verify.ranks import verify_ranks
 
         report = verify_ranks(
-            path, bound, family=family, text=text, num_tokens=tokens, dtype=torch_dtype(dtype), device=where, seed=seed
+            path,
+            bound,
+            family=family,
+            text=text,
+            num_tokens=tokens,
+            dtype=torch_dtype(dtype),
+            device=where,
+            seed=seed,
+            attention=attention,
         )
         screen.say(f"{report.model}, {report.dtype} on {report.device}, {report.tokens} tokens ({report.sample})\n")
         show_ranks(screen, report)

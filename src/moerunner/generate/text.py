@@ -150,7 +150,8 @@ def generate(
     start = time.perf_counter()
     with fused(model):
         try:
-            if ranks is not None:  # a rank that took another way by itself would leave the others waiting
+            if ranks is not None or (getattr(model, "_tp_size", None) or 1) > 1:
+                # A rank that took another way by itself would leave the others waiting.
                 raise Unfit("the model is on several ranks")
             loop = Loop(_why_not(model), rows.put)
             sequences = _by_our_loop(model, loop, config, rows, ids, mask, prefill_chunk, how)

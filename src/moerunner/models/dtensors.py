@@ -45,7 +45,7 @@ class Placed:
         parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         if others or names[:1] not in [(axis,) for axis in _AXES] or not isinstance(placement, (Shard, _StridedShard)):
             return None
-        dim = placement.dim
+        dim = placement.dim % len(shape)
         if shape[dim] % (size * parts):
             return None
         return Cut.of(shape, {dim: width_runs(shape[dim], self.mesh.get_local_rank(), size, parts=parts)})

@@ -7,6 +7,7 @@ written once to where it stays: beside the model itself, host memory holds one p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moerunner.errors import CheckpointError, PlanError, UnsupportedError, WeightsError
+from moerunner.models.attention import Spread, spread
+from moerunner.models.attention import check as check_attention
 from moerunner.models.block import Changed, PatchedForward
 from moerunner.models.checkpoint import CONFIG, GENERATION, Recipe, guarded, read_json, read_recipe, read_tensors, some
 from moerunner.models.entry import pieces
@@ -26,7 +29,7 @@ from moerunner.models.live import Live, take
 from moerunner.models.names import Arrangement, Naming
 from moerunner.models.prepare import prepare, sites, spec_of
 from moerunner.models.quantized import known, quantized
-from moerunner.models.shards import bound_to, cuts_of
+from moerunner.models.shards import bound_to, cuts_of, refuse_saving
 from moerunner.models.tensorfile import Stored
 from moerunner.parallel.layout import BoundLayout, Layout
 from moerunner.plan import Options
@@ -44,6 +47,7 @@ def load(
     device: str | torch.device | None = None,
     layout: Layout | BoundLayout | None = None,
     quantize: str | None = None,
+    attention: str = "replicate",
 ) -> Any:
     """A language model from a folder, patched and in eval mode; what was patched is its `moerunner_report`.
 
@@ -56,12 +60,16 @@ def load(
         path: a folder in the format of `save_pretrained`. Nothing is downloaded, no code and no pickle from it is run.
         dtype: of the weights; None keeps the checkpoint's. A router's correction bias is never rounded below float32.
         device: where the weights go; None: host memory. layout: as for `patch`.
+        attention: what each rank has of all that lies outside of the MoE blocks: "replicate", or "tp_plan", which is
+            Transformers' own plan for the family over all ranks of one copy, with collectives of its own. Such a model takes no
+            other weights by `load_weights`.
         quantize: "int8" holds the experts in whole numbers with a scale per row, `quant.int8`; all else stays as it is. Such a
             model is neither saved nor unpatched, takes no other weights, and runs on one rank.
 
     Raises:
         CheckpointError: the folder, one of its files or a tensor is missing, damaged or contradicts the config.
-        UnsupportedError: the model, or the format of its weights, is not known; the layout shards tokens; or `quantize`.
+        UnsupportedError: the model, or the format of its weights, is not known; the layout shards tokens; the family has no
+            `tp_plan`, or not for so many ranks; or `quantize`.
         DistributedError: there are no processes for the layout.
         SpecError: a config key may change a layer and the family's entry does not know it.
     """
@@ -69,6 +77,7 @@ def load(
 
     path, device, bound = Path(path), _device(device), bound_to(layout)
     known(quantize)
+    check_attention(attention, bound)
     if quantize is not None and bound is not None:
         raise UnsupportedError("experts are quantised on one rank only", where="quantize", next_step="Give no layout")
     plan = blueprint(path, dtype)
@@ -76,11 +85,13 @@ def load(
     _generation_config(model, path)
     ready = _on_ranks(model, bound, device)
     cuts = cuts_of(model, [forward.source for forward in ready.values()])
+    rest = spread(model, bound, device.type) if attention == "tp_plan" and bound is not None else Spread()
+    cuts |= rest.cuts
 
     def place(name: str) -> Tensor:
         shape = cuts[name].local if name in cuts else naming.wanted[name].shape
         tensor = torch.empty(shape, dtype=plan.held_as[name], device=device)
-        _set(model, name, tensor)
+        _set(model, name, rest.placed(name, tensor, naming.wanted[name]))
         return tensor
 
     filling = Filling(naming, place, cuts)
@@ -91,7 +102,10 @@ def load(
     model.name_or_path = str(path)
     if quantize is not None:
         ready = quantized(model, quantize)
-    model.moerunner_report = install(model, Options(), bound, ready)
+    report = install(model, Options(), bound, ready)
+    if rest.modules:
+        model.save_pretrained = refuse_saving
+    model.moerunner_report = dataclasses.replace(report, tp_plan=rest.modules)
     return model
 
 

@@ -36,6 +36,7 @@ class Report:
     """Every MoE block of a model: those that were replaced, and the others with the reason. `str` gives a table.
 
     notes: what is no failure and should be known. layout: of the model over several ranks, of which `rank` is this one.
+    tp_plan: modules outside of the blocks that Transformers' own plan splits over them; all others are whole.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     layout: Layout | None = None
     rank: int = 0
+    tp_plan: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,6 +69,8 @@ class Report:
             here = self.layout.coordinates(self.rank)
             places = ", ".join(f"{axis} {at} of {getattr(self.layout, axis)}" for axis, at in here.items())
             lines += ["", f"rank {self.rank} of {self.layout.world}: {places}"]
+        if self.tp_plan:
+            lines.append(f"{len(self.tp_plan)} modules outside of the blocks are split by Transformers' tp_plan")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 

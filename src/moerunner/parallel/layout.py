@@ -143,13 +143,13 @@ class Layout:
                 different layouts.
         """
         from moerunner.parallel.group import TorchComm
-        from moerunner.parallel.start import join, mesh_over_all
+        from moerunner.parallel.start import grid_over_all, join
         from moerunner.parallel.watch import Watch
 
         sizes = {axis: getattr(self, axis) for axis in AXES}
         join(sizes, self.timeout)
         Watch.here().agree({"layout": asdict(self)}, self.timeout)
-        mesh = mesh_over_all(sizes) if mesh is None else mesh
+        mesh = grid_over_all(sizes) if mesh is None else mesh
         return BoundLayout(self, TorchComm(self, mesh))
 
 

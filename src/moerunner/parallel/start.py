@@ -6,10 +6,14 @@ import atexit
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moerunner.errors import DistributedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,19 +39,34 @@ def join(sizes: Mapping[str, int], timeout: float) -> None:
     _init(timeout)
 
 
-def mesh_over_all(sizes: Mapping[str, int]) -> Any:
-    """A `DeviceMesh` with these dimensions over all ranks of the process group; the last counts fastest.
+@dataclass(frozen=True)
+class Grid:
+    """What a `DeviceMesh` says of its ranks, without a group for each dimension: gloo's threads never rest."""
+
+    device_type: str
+    mesh: Tensor
+    mesh_dim_names: tuple[str, ...]
+
+    def size(self, dim: int) -> int:
+        return self.mesh.shape[dim]
+
+
+def grid_over_all(sizes: Mapping[str, int]) -> Any:
+    """These dimensions over all ranks of the process group, the last counts fastest: a `Grid`, or on GPUs a `DeviceMesh`, which
+    also picks the device.
 
     Raises:
         DistributedError: there are not this many ranks.
     """
+    import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     if dist.get_world_size() != math.prod(sizes.values()):
         raise _other_size(sizes, f"there are {dist.get_world_size()} processes")
-    device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if "nccl" in dist.get_backend_config():
+        return init_device_mesh("cuda", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return Grid("cpu", torch.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())), tuple(sizes))
 
 
 def _other_size(sizes: Mapping[str, int], found: str) -> DistributedError:

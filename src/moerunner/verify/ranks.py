@@ -84,10 +84,12 @@ def verify_ranks(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    attention: str = "replicate",
 ) -> RanksReport:
     """`verify` of a folder, or of a tiny model of a family, over the ranks of a layout, all of which call it alike.
 
     Rank 0 has the whole model in memory for a while, on its device. Copies of the model (dp) run the same tokens.
+    attention: as for `load`, of a folder.
 
     Raises:
         UnsupportedError: no block of the model can be spread over these ranks.
@@ -99,7 +101,8 @@ def verify_ranks(
 
     def whole(layout: BoundLayout | None) -> Any:
         if path is not None:
-            return models.load(path, dtype=dtype, device=device, layout=layout)
+            how = attention if layout is not None else "replicate"
+            return models.load(path, dtype=dtype, device=device, layout=layout, attention=how)
         model = tiny_model(family or "", seed=seed, dtype=dtype or torch.float32).to(device or "cpu")
         model.moerunner_report = models.patch(model, layout)
         return model
