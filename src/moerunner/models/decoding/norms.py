@@ -6,13 +6,15 @@ says, to the bit but for the last digit of a few. A class that fits none, and a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moerunner.kernels.cpu import library
+from moerunner.kernels.cpu import norm as native
 from moerunner.models.block import forward_of, listens
 
 _ROWS, _FEW = 16, 0.01  # how many rows are tried, and the share of numbers that may differ in their last digit
@@ -20,8 +22,8 @@ _ROWS, _FEW = 16, 0.01  # how many rows are tried, and the share of numbers that
 
 @contextmanager
 def one_launch(model: nn.Module) -> Iterator[None]:
-    """Inside, the norms of a model on a GPU run as kernels. Without a GPU or Triton nothing changes."""
-    replaced = list(_norms(model)) if next(model.parameters()).is_cuda else []
+    """Inside, the norms of a model run as kernels: Triton's on a GPU, native code on a CPU. Without them nothing changes."""
+    replaced = list(_norms(model))
     try:
         for module, forward in replaced:
             module.forward = forward
@@ -32,10 +34,7 @@ def one_launch(model: nn.Module) -> Iterator[None]:
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    try:
-        from moerunner.kernels.norm import FORMS, rms_norm
-    except ImportError:  # no Triton
-        return
+    rms_norm, dtypes = _kernel(next(model.parameters()).device)
     forms: dict[tuple[Any, ...], int | None] = {}
     ours = {inner for block in model.modules() if forward_of(block) is not None for inner in block.modules()}
     for module in model.modules():
@@ -45,14 +44,27 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Ten
         weight = module._parameters.get("weight")
         if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.ndim != 1 or not isinstance(eps, float):
             continue
+        if weight.dtype not in dtypes:
+            continue
         if len(module._parameters) > 1 or module._modules or listens(module):
             continue
         kind = (type(module), weight.dtype, weight.shape, eps)
         if kind not in forms:
-            forms[kind] = _form(module, weight, eps, rms_norm, FORMS.values())
+            forms[kind] = _form(module, weight, eps, rms_norm, native.FORMS.values())
         form = forms[kind]
         if form is not None:
             yield module, _forward(module, eps, form, rms_norm)
+
+
+def _kernel(device: torch.device) -> tuple[Callable[..., Tensor], Collection[torch.dtype]]:
+    """What norms rows on this device, and of which dtypes; of none where there is nothing."""
+    if device.type == "cpu":
+        return native.rms_norm, () if library.why_not() else native.DTYPES
+    try:
+        from moerunner.kernels.norm import rms_norm
+    except ImportError:  # no Triton
+        return native.rms_norm, ()
+    return rms_norm, (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else ()
 
 
 def _forward(module: nn.Module, eps: float, form: int, norm: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
