@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +60,7 @@ def implementations(shape: Shape, dtype: torch.dtype, device: str) -> tuple[dict
 def versions() -> dict[str, str]:
     """Of the other libraries that are installed."""
     found = {}
-    for name in ("triton", "transformers", "kernels", "vllm", "sglang", "flashinfer-python", "scattermoe"):
+    for name in ("triton", "transformers", "kernels", "vllm", "vllm-cpu", "sglang", "flashinfer-python", "scattermoe"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -140,6 +142,32 @@ def _vllm(shape: Shape, device: str) -> Implementation:
     return Implementation(lambda x, topk, w: fused_experts(x, w.w13, w.w2, topk.weights, topk.ids.int()))
 
 
+def _vllm_cpu(shape: Shape, device: str) -> Implementation:
+    """Its kernels for CPUs without the package around them, whose import needs all that it depends on."""
+    found = importlib.util.find_spec("vllm")
+    if torch.device(device).type != "cpu" or not shape.gated or shape.kind != "silu":
+        raise ImportError("is called here for gated SiLU on a CPU only")
+    if found is None:
+        raise ImportError("vllm is not installed")
+    build = "_C_AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "_C"
+    torch.ops.load_library(str(Path(next(iter(found.submodule_search_locations or ()))) / f"{build}.abi3.so"))
+    packed: dict[int, list[Tensor]] = {}
+
+    def pack(weight: Tensor) -> Tensor:
+        out = torch.empty_like(weight)
+        torch.ops._C.prepack_moe_weight(weight, out, "vec")
+        return out
+
+    def run(x: Tensor, topk: TopK, w: ExpertWeights) -> Tensor:
+        if id(w) not in packed:
+            packed[id(w)] = [pack(w.w13), pack(w.w2)]
+        out = torch.empty_like(x)
+        torch.ops._C.cpu_fused_moe(out, x, *packed[id(w)], None, None, topk.weights, topk.ids.int(), False, "silu", "vec")
+        return out
+
+    return Implementation(run)
+
+
 def _sglang(shape: Shape, device: str) -> Implementation:
     from sglang.srt.layers.moe.fused_moe_triton.fused_moe import fused_experts  # type: ignore[import-not-found]
     from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig  # type: ignore[import-not-found]
@@ -187,6 +215,7 @@ def _scattermoe(shape: Shape, device: str) -> Implementation:
 _OTHERS: dict[str, Callable[[Shape, str], Implementation]] = {
     **{f"transformers.{n}": _transformers(n) for n in ("eager", "batched_mm", "grouped_mm", "sonicmoe", "deepgemm")},
     "vllm": _vllm,
+    "vllm-cpu": _vllm_cpu,
     "sglang": _sglang,
     "flashinfer": _flashinfer,
     "scattermoe": _scattermoe,

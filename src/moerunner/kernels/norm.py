@@ -12,9 +12,6 @@ from torch import Tensor
 
 from moerunner.kernels.common import blocks, launch, power_of_2
 
-FORMS = {"weight * rounded": 0, "rounded(weight * x)": 1, "rounded((1 + weight) * x)": 2}
-"""Where the normed row is rounded to the tokens' dtype, and what multiplies it."""
-
 _TILE = 2048  # numbers that one program holds at least: short rows share a program
 
 
@@ -41,7 +38,7 @@ def _rms_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, times the weight; in x's dtype and shape.
 
-    weight: [H], in x's dtype. form: of `FORMS`.
+    weight: [H], in x's dtype. form: of `cpu.norm.FORMS`.
     """
     x_RH = x.reshape(-1, x.shape[-1])
     x_RH = x_RH if x_RH.stride(1) == 1 else x_RH.contiguous()

@@ -64,6 +64,27 @@ INLINE void put(typename K::token* row, long i, float value) {
     *place = sizeof *row == 2 ? (typename K::token)narrow_bfloat(broadcast(value))[0] : (typename K::token)value;
 }
 
+constexpr int split(int l) { return l < LANES / 2 ? 2 * l : 2 * l - LANES + 1; }  // even lanes, then odd ones
+
+// The first `count` of LANES numbers, from place i on.
+template <class K>
+INLINE void put_some(typename K::token* row, long i, vf y, long count) {
+    if (count == LANES && K::VECS == 1 && sizeof *row == 4) {
+        store(row + i, y);
+    } else if (count == LANES && K::VECS == 1) {
+        store(row + i, __builtin_convertvector(narrow_bfloat(y), vh));
+    } else if (count == LANES && i % LANES == 0) {
+        const vf both = pick<split>(y, y);
+        typename K::token* place = row + i / K::STEP * K::STEP + i % K::STEP / 2;
+        memcpy(place, &both, sizeof both / 2);
+        memcpy(place + LANES, (const char*)&both + sizeof both / 2, sizeof both / 2);
+    } else {
+        float some[LANES];
+        store(some, y);
+        for (long l = 0; l < count; ++l) put<K>(row, i + l, some[l]);
+    }
+}
+
 // A token of any float dtype as K wants it, completed with zeros to a whole step.
 template <class K>
 static void arrange_row(typename K::token* row, const void* from, long dtype, long width) {

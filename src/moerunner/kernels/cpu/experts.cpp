@@ -334,9 +334,7 @@ class Layer {
                 for (long j = 0; j < n; j += LANES) {
                     vf y = activation.of_gate(load<vf>(g + j));
                     if (gated) y *= activation.of_up(load<vf>(u + j));
-                    float some[LANES];
-                    store(some, y);
-                    for (long l = 0; l < LANES && j + l < n; ++l) put<K>(row, i + j + l, some[l]);
+                    put_some<K>(row, i + j, y, least(LANES, n - j));
                 }
                 for (long j = i + n; i + n == c.inter && j < up_to(c.inter, K::STEP); ++j) put<K>(row, j, 0.0f);
             }

@@ -50,6 +50,18 @@ class RouteCall(ctypes.Structure):
     ]
 
 
+class NormCall(ctypes.Structure):
+    """`struct NormCall` of norm.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x weight out".split()),
+        *((name, ctypes.c_int64) for name in "rows width x_row dtype form".split()),
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int64),
+        ("fork", ctypes.c_void_p),
+    ]
+
+
 @cache
 def _instructions() -> frozenset[str]:
     """What the processor and the operating system offer, as Linux names it."""
@@ -121,6 +133,8 @@ def load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(file_of(path)))
     library.moerunner_experts.argtypes = [ctypes.POINTER(Call)]
     library.moerunner_route.argtypes = [ctypes.POINTER(RouteCall)]
+    library.moerunner_rms_norm.argtypes = [ctypes.POINTER(NormCall)]
+    library.moerunner_rms_norm.restype = None
     library.moerunner_kept.restype = ctypes.c_int64
     return library
 

@@ -14,11 +14,11 @@ from moerunner.models.decoding.attention import without_copies
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Inside, what a model computes around its products takes fewer launches on a GPU; its results are the same."""
+    """Inside, what a model computes around its products takes fewer launches; its results are the same."""
     with ExitStack() as inside:
         inside.enter_context(without_copies())
+        inside.enter_context(norms.one_launch(model))
         if kernels_run(model):
-            inside.enter_context(norms.one_launch(model))
             inside.enter_context(rotary.one_launch(model))
         yield
 

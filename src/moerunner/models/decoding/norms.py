@@ -6,21 +6,24 @@ says, to the bit but for the last digit of a few. A class that fits none, and a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moerunner.models.block import forward_of, listens
+from moerunner.kernels.cpu import library
+from moerunner.kernels.cpu import norm as native
+from moerunner.models.block import PLAIN, forward_of, listens
 
 _ROWS, _FEW = 16, 0.01  # how many rows are tried, and the share of numbers that may differ in their last digit
 
 
 @contextmanager
 def one_launch(model: nn.Module) -> Iterator[None]:
-    """Inside, the norms of a model run as kernels."""
+    """Inside, the norms of a model run as kernels: Triton's on a GPU, native code on a CPU. Without them nothing changes."""
     replaced = list(_norms(model))
     try:
         for module, forward in replaced:
@@ -32,8 +35,6 @@ def one_launch(model: nn.Module) -> Iterator[None]:
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    from moerunner.kernels.norm import FORMS, rms_norm
-
     forms: dict[tuple[Any, ...], int | None] = {}
     ours = {inner for block in model.modules() if forward_of(block) is not None for inner in block.modules()}
     for module in model.modules():
@@ -43,14 +44,28 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Ten
         weight = module._parameters.get("weight")
         if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.ndim != 1 or not isinstance(eps, float):
             continue
+        rms_norm, dtypes = _kernel(weight.device.type)
+        if type(weight) not in PLAIN or weight.dtype not in dtypes:
+            continue
         if len(module._parameters) > 1 or module._modules or listens(module):
             continue
-        kind = (type(module), weight.dtype, weight.shape, eps)
+        kind = (type(module), weight.device, weight.dtype, weight.shape, eps)
         if kind not in forms:
-            forms[kind] = _form(module, weight, eps, rms_norm, FORMS.values())
+            forms[kind] = _form(module, weight, eps, rms_norm, native.FORMS.values())
         form = forms[kind]
         if form is not None:
             yield module, _forward(module, eps, form, rms_norm)
+
+
+def _kernel(device: str) -> tuple[Callable[..., Tensor], Collection[torch.dtype]]:
+    """What norms rows on this type of device, and of which dtypes; of none where there is nothing."""
+    if device == "cpu" and not library.why_not():
+        return native.rms_norm, native.DTYPES
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from moerunner.kernels.norm import rms_norm
+
+        return rms_norm, (torch.float32, torch.bfloat16, torch.float16)
+    return native.rms_norm, ()
 
 
 def _forward(module: nn.Module, eps: float, form: int, norm: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
