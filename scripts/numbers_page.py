@@ -1,8 +1,9 @@
 """Writes the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, and nothing else: `make numbers`.
 
-Two kinds of files are read. Layers: what `moerunner bench --save` writes, `results` with shape, tokens, routing,
-implementation, floor and seconds. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each
-implementation, with the floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
+Three kinds of files are read. Layers: what `moerunner bench --save` writes, `results` with shape, tokens, routing,
+implementation, floor and seconds. Tiles: what `scripts/gpu_bench.py` writes, `cells` with shape, tokens, floor and the
+seconds of the best. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each implementation, with the
+floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
 """
 
 from __future__ import annotations
@@ -149,6 +150,29 @@ def steps(folder: Path) -> list[str]:
     return lines
 
 
+def tiles(folder: Path) -> list[str]:
+    """A table for each GPU: the time of the tiles that are taken, by shape and number of tokens, beside the floor."""
+    lines = []
+    for device, rows in newest(lambda data: data.get("cells", []), "shape", folder).items():
+        counts = sorted({row["tokens"] for row in rows})
+        cells = {(row["shape"], row["tokens"]): row for row in rows}
+        lines += [
+            f"Routed experts by the tiles that are taken, {said_of(rows)}, on one {device}, uniform routing, in a CUDA graph "
+            f"({made_of(rows)}). Microseconds by number of tokens, and how often the floor that was measured in the same run:",
+            "",
+            f"| layer | {' | '.join(f'{count:,}' for count in counts)} |",
+            "|---|" + "---:|" * len(counts),
+        ]
+        for shape in dict.fromkeys(row["shape"] for row in rows):
+            here = [cells.get((shape, count)) for count in counts]
+            said = [
+                f"{microseconds(c['best']['seconds'])} ({c['best']['seconds'] / c['floor']:.2f}x)" if c else "-" for c in here
+            ]
+            lines.append(f"| {shape} | {' | '.join(said)} |")
+        lines.append("")
+    return lines
+
+
 def said_of(rows: list[Row]) -> str:
     return ", ".join(sorted({row["dtype"] for row in rows}))
 
@@ -160,7 +184,7 @@ def made_of(rows: list[Row]) -> str:
 
 def tables(short: bool, folder: Path = RESULTS) -> str:
     """What stands between the marks."""
-    return "\n".join([BEGIN, "", *layers(short, folder), *steps(folder), END])
+    return "\n".join([BEGIN, "", *layers(short, folder), *([] if short else tiles(folder)), *steps(folder), END])
 
 
 def page(text: str, table: str) -> str:

@@ -57,6 +57,13 @@ def test_whole_models(tmp_path):
     assert "12 layers | prefill, 2,048 tokens | 50.00 | 100.00 | - |" in table
 
 
+def test_tiles_that_are_taken(tmp_path):
+    cells = [{"shape": "olmoe", "tokens": n, "floor": 1e-5 * n, "best": {"seconds": 2e-5 * n}} for n in (1, 2048)]
+    written(tmp_path, "2020-01-01-a.json", cells=cells)
+    assert "| olmoe | 20.0 (2.00x) | 40,960 (2.00x) |" in numbers.tables(False, tmp_path)
+    assert "olmoe" not in numbers.tables(True, tmp_path)
+
+
 def test_a_page_without_marks_is_an_error():
     with pytest.raises(SystemExit, match="has no"):
         numbers.page("no marks", "table")
