@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from moerunner.errors import UnsupportedError
 from moerunner.experts import choose, registry
@@ -54,3 +55,27 @@ def test_tiles_are_powers_of_two(tokens, top_k, experts, hidden, inter):
             sizes += [product.block_n, product.block_k, product.warps]
         assert all(size & (size - 1) == 0 for size in sizes)
         assert tokens > 1 or isinstance(chosen, tiles.Few)
+
+
+@pytest.mark.parametrize(("at", "entered"), [("cuda:0", []), ("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch, at, entered):
+    """Triton launches on the current GPU, whatever its arguments are on."""
+    from moerunner.kernels import common
+
+    seen = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            seen.append(self.device)
+
+        def __exit__(self, *_):
+            seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with common.current(torch.device(at)):
+        assert seen == entered
+    assert seen == entered + ["left"] * len(entered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,14 @@ def launch(
     extra = {"launch_pdl": not first} if pdl else {}
     if exact and not INTERPRETING:
         extra |= {"enable_fp_fusion": False} | ({} if torch.version.hip else {"enable_reflect_ftz": False})
-    kernel[grid](*args, PDL=pdl, num_warps=warps, num_stages=stages, **extra)
+    with current(device):
+        kernel[grid](*args, PDL=pdl, num_warps=warps, num_stages=stages, **extra)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, this GPU is the current one, where Triton launches: a model may be spread over several by `device_map`."""
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def blocks(count: int, size: int) -> int:

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moerunner.kernels.activation import act, gate_by
-from moerunner.kernels.common import INTERPRETING, blocks
+from moerunner.kernels.common import INTERPRETING, blocks, current
 from moerunner.kernels.order import Tiled
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
@@ -380,13 +380,14 @@ def product(
     tiles = order.tiles_4N.shape[1]
     programs = tiles * columns
     kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap = activation
-    grouped_product[(min(programs, _multiprocessors(w.device)),)](
-        a if up else _described(a, a.shape[0]), _described(w, experts * rows), bias, weights_TK, order.slot_R, order.tiles_4N,
-        out, top_k, tiles, columns, programs, depth // 8, width // 8, rows, a.stride(0) // 8,
-        *(bias.stride() if bias is not None else (0, 0)),
-        UP=up, WEIGHTED=weighted, GATED=gated, INTERLEAVED=interleaved, KIND=kind, ALPHA=alpha, BETA=beta, LIMIT=limit,
-        CLAMP_AFTER=clamp_after, GATE_SOFTCAP=gate_softcap, UP_SOFTCAP=up_softcap, STAGES=stages, LAG=lag, num_warps=4,
-    )  # fmt: skip
+    with current(w.device):
+        grouped_product[(min(programs, _multiprocessors(w.device)),)](
+            a if up else _described(a, a.shape[0]), _described(w, experts * rows), bias, weights_TK, order.slot_R,
+            order.tiles_4N, out, top_k, tiles, columns, programs, depth // 8, width // 8, rows, a.stride(0) // 8,
+            *(bias.stride() if bias is not None else (0, 0)),
+            UP=up, WEIGHTED=weighted, GATED=gated, INTERLEAVED=interleaved, KIND=kind, ALPHA=alpha, BETA=beta, LIMIT=limit,
+            CLAMP_AFTER=clamp_after, GATE_SOFTCAP=gate_softcap, UP_SOFTCAP=up_softcap, STAGES=stages, LAG=lag, num_warps=4,
+        )  # fmt: skip
 
 
 def _described(matrix: Tensor, rows: int) -> TensorDescriptor:
