@@ -167,9 +167,10 @@ def test_inspect_says_what_each_rank_holds_and_has_to_do(cli, saved, tmp_path):
 
     trace = tmp_path / "loads.json"
     trace.write_text(json.dumps([[6, 0, 0, 0, 1, 1, 0, 0], [1] * 8]))
-    told = cli("inspect", saved, "--layout", "ep=2,redundant=2", "--trace", trace).out
+    told = cli("inspect", saved, "--ep", 2, "--trace", trace).out
     assert f"Expected load ({trace}), 1 is the mean" in told
-    assert "in model.layers.1.mlp" in told
+    assert "1.50 in model.layers.1.mlp" in told
+    assert "Expected load" in cli("inspect", saved, "--layout", "ep=2,redundant=2", "--trace", trace).out
     data = parsed(cli("inspect", saved, "--layout", "dp=2,ep=2", "--trace", trace, "--json"))
     assert (data["layout"]["dp"], data["layout"]["ep"], data["layout"]["world"]) == (2, 2, 4)
     assert data["load"]["source"] == str(trace)
