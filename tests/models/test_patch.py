@@ -282,6 +282,7 @@ def test_report_as_text_and_as_data(deepseek):
         "notes": [],
         "layout": None,
         "rank": 0,
+        "tp_plan": [],
     }
     heads = [line.split("  ")[0] for line in str(report).splitlines()]
     assert heads == ["replaced", "model.layers.1.mlp", "", "left as it is", "model.layers.2.mlp"]
