@@ -29,9 +29,13 @@ def pytest_configure(config):
         hypothesis.core.global_force_seed = SEED
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items):
-    """What is long has the time that a busy machine takes for it."""
+    """The part of a grid whose turn it is stays in the fast tier. What is long has the time that a busy machine takes for it."""
     for item in items:
+        rotating = item.get_closest_marker("rotating")
+        if rotating and (zlib.crc32(item.nodeid.encode()) + SEED) % rotating.args[0]:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
 

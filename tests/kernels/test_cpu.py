@@ -292,7 +292,7 @@ SANITIZED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "amx emulated" else []) for n in SANITIZED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "avx2" else []) for n in SANITIZED])
 def test_sanitizers(name, tmp_path):
     """Under ASan and UBSan, which see every read beside a tensor; in C++, against plain loops in double."""
     if name in build.paths() and (reason := library.absent(name)):

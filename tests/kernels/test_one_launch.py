@@ -18,6 +18,8 @@ from moerunner.ops.route import route as plain
 from moerunner.plan import resolve
 from moerunner.spec import ExpertsSpec
 
+pytestmark = pytest.mark.rotating(3)
+
 UNIT = torch.finfo(torch.float32).eps
 NATIVE = [path for path in build.paths() if not library.absent(path)]
 

@@ -36,13 +36,13 @@ def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, exper
     assert (got.tiles_4N[0, len(tiles) :] == -1).all()
 
 
-@pytest.mark.parametrize("tokens", [700, 8300])
+@pytest.mark.parametrize("tokens", [300, 1200])
 def test_many_blocks_of_slots(monkeypatch, device, tokens):
     """More blocks than are added up at once; the last is a partial one."""
     monkeypatch.setattr(order, "_ONE_LAUNCH", 0)
-    ids = _ids(tokens, 4, 200, "spread").to(device)
-    expected = sort_by_expert(ids, 200)
-    got = order.order_slots(ids, 200, 64)
+    ids = _ids(tokens, 4, 600, "spread").to(device)
+    expected = sort_by_expert(ids, 600)
+    got = order.order_slots(ids, 600, 64)
     assert torch.equal(got.slot_R.long(), expected.slot_R)
     ends = got.tiles_4N[3][got.tiles_4N[0] >= 0].unique_consecutive()
     assert ends.tolist() == [end for end in expected.ends_E.unique().tolist() if end]  # an expert may have no row

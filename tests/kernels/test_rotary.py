@@ -63,6 +63,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("form", "facts"), [(i, SHAPES[0]) for i in range(10)] + [(0, facts) for facts in SHAPES[1:]])
 def test_the_bits_of_pytorch(form, facts, dtype, device):
@@ -251,7 +252,9 @@ def test_a_function_of_other_arguments_is_left_alone(function):
         assert module.apply_rotary_pos_emb is function
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "gpt_oss"))]
+)
 def test_the_tokens_are_those_of_generate(family, seen, device):
     model = tiny_model(family).to(device)
     ids = torch.randint(3, 250, (1, 4), device=device)

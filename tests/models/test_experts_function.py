@@ -126,6 +126,7 @@ def test_alternating_rows_without_a_gate_for_them_are_refused(inputs):
 REFUSED = {"inkling2_text": "caps softly", "muse_spark_text": "norms the experts' output"}
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", [family.name for family in registry.registered()])
 def test_the_experts_of_every_family(family):
     """Each kind of experts module that a family has, by our function and by its own forward; clamps bite."""
@@ -224,6 +225,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_name_is_known_whoever_is_imported_first(order):
     program = f"import sys\n{ORDERS[order]}\n" + textwrap.dedent("""

@@ -79,6 +79,7 @@ def demo() -> Path:
     return Path(moerunner.__file__).parent / "assets" / "demo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGKILL"])
 def test_a_killed_rank_ends_all_with_one_line_that_names_it(demo, tmp_path, fault):
     check(fault, demo, tmp_path, "generate")

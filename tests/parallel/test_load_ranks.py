@@ -63,9 +63,7 @@ ON_FOUR = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in list(ON_FOUR)[1:]), next(iter(ON_FOUR))]
-)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in ON_FOUR)])
 def test_every_rank_says_what_one_rank_says(case, folders):
     family, changes, layout = (CASES | ON_FOUR)[case]
     folder, expected = folders(family, **changes)
@@ -156,6 +154,7 @@ def test_a_rank_that_keeps_nothing_of_a_tensor_still_misses_it(folders, tmp_path
     assert "ranks that failed: [0, 1]" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_a_part_is_neither_saved_nor_unpatched_nor_pickled(folders, tmp_path):
     folder, _ = folders("mixtral")
     for told in on_ranks(2, refusals_of_a_part, folder, Layout(ep=2), tmp_path):
@@ -186,6 +185,7 @@ def test_a_layout_that_the_experts_cannot_have_is_refused(folders):
         on_ranks(2, load_and_run, folder, Layout(ep=2, placement=((0, 1, 2), (3, 4, 5, 6))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_a_part_has_the_bits_of_the_whole(folders, dtype):
     folder, _ = folders("gpt_oss")

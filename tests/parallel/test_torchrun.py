@@ -71,12 +71,14 @@ def test_generate_says_once_what_one_rank_says(folder):
     assert moerunner_says(done.stderr) == []
 
 
+@pytest.mark.slow
 def test_rank_0_decides_on_every_token(folder):
     """Also where the ranks' scores and their random numbers differ."""
     first, second = on_ranks(2, sample_apart, folder, Layout(ep=2))
     assert first == second
 
 
+@pytest.mark.slow
 def test_verify_compares_blocks_and_logits_and_counts_reductions(folder):
     done = torchrun(2, "-m", "moerunner", "verify", folder, "--tp", 2, "--tokens", 24, "--json")
     assert done.returncode == 0, done.stderr
@@ -104,6 +106,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_one_line_that_names_it(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(BREAKS.format(fails=True))
@@ -114,6 +117,7 @@ def test_an_error_on_one_rank_ends_all_with_one_line_that_names_it(folder, tmp_p
     assert statuses(done.stderr) == {"4"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_something_else_is_a_mismatch_on_all(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(BREAKS.format(fails=False))

@@ -507,6 +507,7 @@ def test_a_second_interrupt_ends_at_once(tiny_server):
     wire.close()
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_engine_starts():
     """At the first token of the check; its thread must not keep the process."""
     code = """
