@@ -31,7 +31,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items):
-    """The part of a grid whose turn it is stays in the fast tier. What is long has the time that a busy machine takes for it."""
+    """Of a grid the part whose turn it is stays in the fast tier. Long tests have the time that a busy machine takes."""
     for item in items:
         rotating = item.get_closest_marker("rotating")
         if rotating and (zlib.crc32(item.nodeid.encode()) + SEED) % rotating.args[0]:
