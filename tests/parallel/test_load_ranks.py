@@ -73,6 +73,7 @@ def test_every_rank_says_what_one_rank_says(case, folders):
         assert "rank " in rank["report"]
 
 
+@pytest.mark.slow
 def test_copies_of_the_model_have_inputs_of_their_own(folders):
     folder, _ = folders("qwen3_moe")
     model = moerunner.load(folder)

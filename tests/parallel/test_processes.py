@@ -18,7 +18,7 @@ from moerunner import LayerWeights, Layout, Options
 from moerunner.ops.reference import reference
 
 CASES = [
-    pytest.param(Layout(tp=2), Options(), [5, 5], id="tp2"),
+    pytest.param(Layout(tp=2), Options(), [5, 5], id="tp2", marks=pytest.mark.slow),
     pytest.param(Layout(ep=2, tokens="sharded"), Options(dispatch="alltoall"), [7, 2], id="ep2-alltoall"),
 ]
 

@@ -33,7 +33,11 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("layout", "options", "counts"),
-    [pytest.param(*case, id=f"{world}-{i}") for world in CASES for i, case in enumerate(CASES[world])],
+    [
+        pytest.param(*case, id=f"{world}-{i}", marks=[pytest.mark.slow] if world > 2 else [])
+        for world in CASES
+        for i, case in enumerate(CASES[world])
+    ],
 )
 def test_gradients_of_processes_are_those_of_one_rank(layout: Layout, options: Options, counts: list[int]) -> None:
     """Parameters are cut into parameters of the rank, whose gradients are the cuts of the whole ones, at a second step too."""
