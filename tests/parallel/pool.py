@@ -21,17 +21,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moerunner.errors import UnsupportedError
+
 _LONGEST = 120  # seconds that a collective, and beyond it a whole call, may take
 _pools: dict[int, Pool] = {}
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What each rank returned, in the order of ranks. A rank's exception is raised here; then the processes are new ones."""
+    """What each rank returned, in the order of ranks. A rank's exception is raised here; then the processes are new ones.
+
+    They stay where every rank was refused the same thing: that leaves no collective open.
+    """
     pool = _pools.get(world) or _pools.setdefault(world, Pool(world))
     answers = pool.call(function, arguments)
     failed = [rank for rank, (error, _) in enumerate(answers) if error is not None]
     if failed:
-        end(world)
+        refused = [str(error) for error, _ in answers if isinstance(error, UnsupportedError)]
+        if len(refused) < world or len(set(refused)) > 1:
+            end(world)
         first = min(failed, key=lambda rank: (isinstance(answers[rank][0], TimeoutError), rank))
         error, text = answers[first]
         error.add_note(f"on rank {first} of {world}; ranks that failed: {failed}\n{text}")

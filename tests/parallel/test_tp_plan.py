@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tests.parallel.test_torchrun import torchrun
 import moerunner
 from moerunner import Layout, UnsupportedError
 from moerunner.models.attention import spread
+from moerunner.models.families import TABLE
+from moerunner.models.registry import transformers_knows
 from moerunner.parallel.comm import simulate
 from moerunner.verify.tiny import tiny_model
 
@@ -75,6 +78,27 @@ def test_dense_layers_are_split_and_blocks_are_left_to_the_runner(saved, layout)
     assert {name for name in found[0]["split"] if "mlp" in name} == {
         f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(ep=2)], ids=["tp2", "ep2"])
+@pytest.mark.parametrize("family", [family.name for family in TABLE])
+def test_every_family_is_split_right_or_refused(tmp_path, family, layout):
+    if not transformers_knows(family):
+        pytest.skip("this release does not have it")
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    try:
+        logits, said = answer(moerunner.load(tmp_path), generates=model.can_generate())
+        found = on_ranks(2, load_and_run, tmp_path, layout, model.can_generate(), "tp_plan")
+    except UnsupportedError as error:
+        if not re.search("is not a language model in Transformers|has no tp_plan for what lies outside", str(error)):
+            raise
+        pytest.skip(str(error))
+    for rank in found:
+        assert rank["split"]
+        assert abs(rank["logits"] - logits).max() / abs(logits).max() <= 1e-5
+        assert rank["said"] == said
 
 
 @pytest.mark.slow

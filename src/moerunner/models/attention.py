@@ -59,8 +59,8 @@ def check(attention: str, layout: BoundLayout | None) -> None:
 def spread(model: Any, layout: BoundLayout, device: str) -> Spread:
     """Splits the attention and the dense parts of a model without data over all ranks of one copy.
 
-    A module whose output is whole again, the language model's head say, stays whole where its size does not divide, or where
-    its tensor is another module's too.
+    A module whose output is whole again, the language model's head say, stays whole where its size does not divide, where its
+    tensor is another module's too, or where it has modules inside.
 
     Raises:
         UnsupportedError: the family has no such plan, or sizes do not divide. On every rank alike.
@@ -77,9 +77,11 @@ def spread(model: Any, layout: BoundLayout, device: str) -> Spread:
 
     modules = {name: style for name, _ in model.named_modules() if (style := style_of(name)) is not None}
     for name, style in list(modules.items()):
-        own = [f"{name}.{n}" for n, _ in model.get_submodule(name).named_parameters(recurse=False)]
+        module = model.get_submodule(name)
+        own = [f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)]
         uneven = any(t.shape[style == "embedding_colwise"] % size for t in map(model.get_parameter, own) if t.ndim > 1)
-        if style in _ALONE and (uneven or shared & set(own)):
+        norm_inside = any(True for _ in module.children())  # Inkling's embedding: needs the whole sum, which comes after it
+        if style in _ALONE and (uneven or norm_inside or shared & set(own)):
             del modules[name]
     if not modules:
         what = f"{type(model).__name__} has no tp_plan for what lies outside of its MoE blocks"
