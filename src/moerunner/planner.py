@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,7 @@ def look_up(path: str | None, family: str | None, dtype: torch.dtype | None = No
     if path is not None:
         given = Path(path)
         if given.is_file() and given.name != "config.json":
-            raise CheckpointError("is no config.json", where=path, next_step="Give that file, or the folder it is in")
+            return _of_file(given, dtype)
         return inspect(given.parent if given.is_file() else given, dtype=dtype)
     from transformers import CONFIG_MAPPING
 
@@ -108,6 +109,17 @@ def look_up(path: str | None, family: str | None, dtype: torch.dtype | None = No
     with tempfile.TemporaryDirectory() as folder:
         CONFIG_MAPPING[family]().save_pretrained(folder)
         return inspect(folder, dtype=dtype or torch.bfloat16)
+
+
+def _of_file(given: Path, dtype: torch.dtype | None) -> Inspection:
+    """The model of a config of any name; Transformers reads config.json only."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = shutil.copy(given, Path(folder) / "config.json")
+        try:
+            return inspect(folder, dtype=dtype)
+        except (CheckpointError, SpecError, UnsupportedError) as error:
+            where = str(given) if error.where in (str(copied), folder) else error.where
+            raise type(error)(error.what, where=where, next_step=error.next_step) from error
 
 
 def estimates(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -122,12 +123,14 @@ def test_uniform_loads_and_skewed_ones():
     assert zipf(3, 1) == [1, 1 / 2, 1 / 3]
 
 
-def test_for_people_and_for_machines(cli, saved):
+def test_for_people_and_for_machines(cli, saved, tmp_path):
     outcome = cli("plan", "--config", saved, "--ranks", "1,4", *SPEEDS)
     assert outcome.code == 0, outcome.err
     assert "4 ranks" in outcome.out
     assert outcome.out.count("best: dp ") == 2
     data = json.loads(cli("plan", "--config", saved / "config.json", "--ranks", "2..8", *SPEEDS, "--json").out)
+    copied = shutil.copy(saved / "config.json", tmp_path / "mine.json")
+    assert json.loads(cli("plan", "--config", copied, "--ranks", "2..8", *SPEEDS, "--json").out) == data
     assert [answer["ranks"] for answer in data["ranks"]] == [2, 4, 8]
     for answer in data["ranks"]:
         assert answer["best"] == answer["layouts"][0]
@@ -150,7 +153,7 @@ def test_a_family_is_planned_by_its_default_config(cli):
         (("--ranks", "8..2", "--family", "olmoe"), 2, ["--ranks"]),
         (("--ranks", "8", "--family", "nothing"), 3, ["nothing", "moerunner families"]),
         (("--ranks", "8", "--config", "/no/such/folder"), 2, ["does not exist"]),
-        (("--ranks", "8", "--config", "{folder}/model.safetensors"), 2, ["is no config.json"]),
+        (("--ranks", "8", "--config", "{folder}/model.safetensors"), 2, ["model.safetensors", "is not JSON"]),
         (("--ranks", "8", "--config", "{folder}", "--trace", "{folder}/config.json"), 2, ["load of at least 0"]),
         (("--ranks", "8", "--config", "{folder}", "--trace", "{folder}/model.safetensors"), 2, ["is not JSON"]),
         (("--ranks", "8", "--config", "{folder}", "--trace", "{folder}/none.json"), 2, ["none.json"]),

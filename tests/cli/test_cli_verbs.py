@@ -418,9 +418,9 @@ def test_route_for_people_and_for_machines(cli, saved, tmp_path):
     for layer in data["layers"]:
         assert sum(layer["load"]) == 2 * 300
     (tmp_path / "loads.json").write_text(json.dumps(data))
-    speeds = ("--nvlink", 450, "--net", 50, "--hbm", 4800, "--tflops", 900)
-    planned = cli("plan", "--config", saved, "--ranks", 2, *speeds, "--trace", tmp_path / "loads.json")
+    planned = cli("plan", "--config", saved, "--ranks", 2, "--nvlink", 450, "--net", 50, "--trace", tmp_path / "loads.json")
     assert planned.code == 0, "what route measures, plan takes"
+    assert "A GPU reads 4,800 GB/s" in planned.out, "it says what it took for granted"
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])

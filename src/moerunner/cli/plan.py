@@ -34,11 +34,11 @@ def run(
     ranks: Annotated[str, typer.Option("--ranks", help="GPUs: 8,16,64, or 8..4096 for every doubling.")],
     nvlink: Annotated[float, typer.Option(min=1e-6, help="GB/s from one GPU to the others of its node.")],
     net: Annotated[float, typer.Option(min=1e-6, help="GB/s from one GPU to other nodes.")],
-    hbm: Annotated[float, typer.Option(min=1e-6, help="GB/s from a GPU's memory.")],
-    tflops: Annotated[float, typer.Option(min=1e-6, help="Dense TFLOP/s of one GPU in the dtype.")],
     config: Annotated[str | None, typer.Option("--config", help="Folder of a model, or its config.json.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="A model type, with its default config.")] = None,
-    memory: Annotated[float, typer.Option(min=1e-6, help="GB of one GPU.")] = 80.0,
+    hbm: Annotated[float, typer.Option(min=1e-6, help="GB/s from a GPU's memory.")] = 4800.0,
+    tflops: Annotated[float, typer.Option(min=1e-6, help="Dense TFLOP/s of one GPU in the dtype.")] = 989.0,
+    memory: Annotated[float, typer.Option(min=1e-6, help="GB of one GPU.")] = 141.0,
     gpus_per_node: Annotated[int, typer.Option(parser=count, metavar="N", help="GPUs that NVLink joins.")] = 8,
     latency: Annotated[float, typer.Option(min=0.0, help="Microseconds that a collective takes at least.")] = 10.0,
     tokens: Annotated[int, typer.Option(parser=count, metavar="N", help="Tokens of one step, per GPU.")] = 128,
@@ -49,7 +49,10 @@ def run(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> Answer:
-    """Compare the layouts that a model's MoE layers can have, and name the best. Needs neither weights nor GPUs."""
+    """Compare the layouts that a model's MoE layers can have, and name the best. Needs neither weights nor GPUs.
+
+    A GPU that is not described is an H200 in bfloat16.
+    """
     sizes = ranks_of(ranks)
     quiet_transformers()
     from moerunner.models.expected import read_trace
@@ -73,6 +76,7 @@ def run(
         found = look_up(config, family, dtype_of(dtype))
     rest = bytes_in_words(found.size - found.moe)
     screen.say(f"{found.model_type}, {found.dtype}: MoE weights {bytes_in_words(found.moe)}, the rest {rest} on every rank")
+    screen.say(f"A GPU reads {hbm:,g} GB/s, computes {tflops:,g} TFLOP/s and has {memory:,g} GB")
     screen.say(f"One step of {tokens} tokens per rank through all MoE layers, at full speed; attention is not in it")
     answers = []
     for n in sizes:
