@@ -31,8 +31,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items):
-    """Of a grid the part whose turn it is stays in the fast tier. Long tests have the time that a busy machine takes."""
+    """Of a grid the part whose turn it is stays in the fast tier. Long tests have the time that a busy machine takes.
+
+    With `--dist loadgroup` the tests of a file share a worker and what its fixtures made; all files that want processes of
+    a process group share theirs.
+    """
     for item in items:
+        pooled = getattr(getattr(item.module, "on_ranks", None), "__module__", "") == "tests.parallel.pool"
+        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.nodeid.partition("::")[0]))
         rotating = item.get_closest_marker("rotating")
         if rotating and (zlib.crc32(item.nodeid.encode()) + SEED) % rotating.args[0]:
             item.add_marker(pytest.mark.slow)
@@ -47,7 +53,8 @@ def pytest_report_header():
 @pytest.fixture(autouse=True)
 def _seed(request):
     """Every test has a stream of its own, which does not depend on the tests before it."""
-    seed = (SEED + zlib.crc32(request.node.nodeid.encode())) % 2**32
+    name = f"{request.node.parent.nodeid}::{request.node.name}"  # its nodeid, to which xdist may have put a group
+    seed = (SEED + zlib.crc32(name.encode())) % 2**32
     random.seed(seed)
     torch.manual_seed(seed)
     try:

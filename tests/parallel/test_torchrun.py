@@ -128,15 +128,12 @@ def test_a_rank_that_computes_something_else_is_a_mismatch_on_all(folder, tmp_pa
     assert statuses(done.stderr) == {"1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
         ((), r"torchrun: there are 2 processes, and no layout for them\. Give --tp, --ep and --dp .* such as --ep 2"),
-        pytest.param(
-            ("--ep", 2, "--tp", 2),
-            r"--tp 2 --ep 2: 4 ranks are asked for, there are 2 processes\..*nproc-per-node 4",
-            marks=pytest.mark.slow,
-        ),
+        (("--ep", 2, "--tp", 2), r"--tp 2 --ep 2: 4 ranks are asked for, there are 2 processes\..*nproc-per-node 4"),
     ],
     ids=["none", "other"],
 )

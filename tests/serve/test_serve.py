@@ -473,7 +473,8 @@ def test_noise_on_the_wire_does_not_harm(server):
 # ---- the end
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_stop_finishes_what_runs(tiny_server, number, code):
     server = tiny_server()
     assert server.facts["engine"] == "one request at a time"

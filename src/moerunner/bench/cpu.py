@@ -27,8 +27,8 @@ from moerunner.kernels.cpu import library
 from moerunner.quant import int8
 from moerunner.values import ExpertWeights, TopK
 
-INT8, COMPILED = "cpu int8", "transformers.batched_mm compiled"
-_COMPILED_TOKENS = 16  # it gathers the weights of every slot
+INT8, BATCHED, COMPILED = "cpu int8", "transformers.batched_mm", "transformers.batched_mm compiled"
+_BATCHED_TOKENS = 16  # it gathers the weights of every slot
 
 
 def rows(name: str, dtype: torch.dtype, tokens: list[int], only: set[str] | None) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def rows(name: str, dtype: torch.dtype, tokens: list[int], only: set[str] | None
         inputs, hit = draw_inputs(shape, count, "uniform", weights, torch.Generator().manual_seed(count))
         judge, calls, errors = Judge.of(shape, inputs[0]), {}, {}
         for label, one in able.items():
-            if (only and label not in only) or (label == COMPILED and count > _COMPILED_TOKENS):
+            if (only and label not in only) or (label in (BATCHED, COMPILED) and count > _BATCHED_TOKENS):
                 continue
             try:
                 errors[label] = judge.error(one.run(*inputs[0]))
@@ -64,7 +64,7 @@ def _all(shape: Shape, dtype: torch.dtype, weights: list[ExpertWeights]) -> dict
     able, _ = implementations(shape, dtype, "cpu")
     call, held = ExpertsCall(activation=shape.activation), {id(w): int8.quantize(w) for w in weights}
     able[INT8] = Implementation(lambda x, topk, w: cpu.run(x, topk, held[id(w)], call), ours=True)
-    batched = able.get("transformers.batched_mm")
+    batched = able.get(BATCHED)
     if batched is not None:
 
         @cache

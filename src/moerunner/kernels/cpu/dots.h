@@ -16,34 +16,41 @@ constexpr int ROWS_AT_ONCE[MAX_T + 1] = {0, 8, 4, 4, 3};  // in 16
 #endif
 constexpr int MAX_R = 8;
 constexpr int MAX_ROWS = 48;  // of one product: what one thread takes at a time
+constexpr long AHEAD_BYTES = 2048;  // from what is read to what is fetched
 constexpr long BLOCK_BYTES = 4096;  // of a token, so that MAX_T of them stay in the first cache
 
-// How weights of one kind are multiplied: STEP numbers in VECS vectors, with tokens that were arranged for it.
-// `at` is the place of number i of a step among the arranged ones.
+// How weights of one kind are multiplied: STEP numbers in VECS vectors, with tokens that were arranged for it; a step is one
+// vector of memory, for each of which one is fetched. `at` is the place of number i of a step among the arranged ones; NATURAL:
+// its own. streamed: rows at once of weights that come from memory, which likes one after the other; more where the sums of
+// one row would wait for each other longer than for memory.
 
 struct Float {
     typedef float elem;
     typedef float token;
-    enum { STEP = LANES, VECS = 1 };
+    enum { STEP = LANES, VECS = 1, NATURAL = 1 };
     static vf weight(const elem* p, int) { return load<vf>(p); }
     static vf mac(vf acc, vf w, const token* x) { return acc + w * load<vf>(x); }
     static int at(int i) { return i; }
+    static constexpr int streamed(int) { return 1; }
 };
 
 struct Half : Float {
     typedef uint16_t elem;
-    static vf weight(const elem* p, int) { return widen_half(load<vh>(p)); }
+    enum { STEP = 2 * LANES, VECS = 2 };
+    static vf weight(const elem* p, int v) { return widen_half(load<vh>(p + v * LANES)); }
 };
 
 struct Int8 : Float {
     typedef int8_t elem;
-    static vf weight(const elem* p, int) { return __builtin_convertvector(load<vb>(p), vf); }
+    enum { STEP = 4 * LANES, VECS = 4 };
+    static constexpr int streamed(int tokens) { return tokens == 1 ? 4 : 2; }
+    static vf weight(const elem* p, int v) { return widen_int8(load<vb>(p + v * LANES)); }
 };
 
 // A word holds two numbers: those in its low halves, then those in its high halves.
 struct Bfloat : Float {
     typedef uint16_t elem;
-    enum { STEP = 2 * LANES, VECS = 2 };
+    enum { STEP = 2 * LANES, VECS = 2, NATURAL = 0 };
     static vf weight(const elem* p, int v) { return v == 0 ? (vf)(load<vu>(p) << 16) : (vf)(load<vu>(p) & 0xffff0000u); }
     static int at(int i) { return (i & 1) * LANES + i / 2; }
 };
@@ -52,10 +59,11 @@ struct Bfloat : Float {
 struct Pairs {
     typedef uint16_t elem;
     typedef uint16_t token;
-    enum { STEP = 2 * LANES, VECS = 1 };
+    enum { STEP = 2 * LANES, VECS = 1, NATURAL = 1 };
     static vf weight(const elem* p, int) { return load<vf>(p); }
     static vf mac(vf acc, vf w, const token* x) { return dot_pairs(acc, (vu)w, load<vu>(x)); }
     static int at(int i) { return i; }
+    static constexpr int streamed(int) { return 1; }
 };
 
 template <class K>
@@ -69,9 +77,9 @@ constexpr int split(int l) { return l < LANES / 2 ? 2 * l : 2 * l - LANES + 1; }
 // The first `count` of LANES numbers, from place i on.
 template <class K>
 INLINE void put_some(typename K::token* row, long i, vf y, long count) {
-    if (count == LANES && K::VECS == 1 && sizeof *row == 4) {
+    if (count == LANES && K::NATURAL && sizeof *row == 4) {
         store(row + i, y);
-    } else if (count == LANES && K::VECS == 1) {
+    } else if (count == LANES && K::NATURAL) {
         store(row + i, __builtin_convertvector(narrow_bfloat(y), vh));
     } else if (count == LANES && i % LANES == 0) {
         const vf both = pick<split>(y, y);
@@ -88,7 +96,7 @@ INLINE void put_some(typename K::token* row, long i, vf y, long count) {
 // A token of any float dtype as K wants it, completed with zeros to a whole step.
 template <class K>
 static void arrange_row(typename K::token* row, const void* from, long dtype, long width) {
-    const bool natural = K::VECS == 1;
+    const bool natural = K::NATURAL;
     long i = 0;
     if (natural && size_of(dtype) == (long)sizeof *row && (sizeof *row == 4 || dtype == BFLOAT16)) {
         memcpy(row, from, width * sizeof *row), i = width;
@@ -102,10 +110,10 @@ static void arrange_row(typename K::token* row, const void* from, long dtype, lo
     for (; i < up_to(width, K::STEP); ++i) put<K>(row, i, 0.0f);
 }
 
-// Rows that will be read next and are fetched meanwhile, in bytes; each vector of a row moves `vector` further.
+// Rows that will be read next and are fetched meanwhile, in bytes.
 struct Soon {
     const char* row;
-    long step, vector, length;
+    long step, length;
 };
 
 // Fetches a part of R rows, from one numbered of as many, into the second cache.
@@ -120,6 +128,8 @@ template <class K, int R, int T, bool AHEAD>
 static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh,
                  Soon soon) {
     constexpr int TOKEN_STEP = K::STEP / K::VECS;
+    constexpr long SIZE = K::STEP * (long)sizeof *w;
+    const char* soon_end = soon.row + soon.length;
     vf a[T][R];
     const typename K::token* xs[T];
     for (int t = 0; t < T; ++t) {
@@ -133,8 +143,11 @@ static void tile(const typename K::elem* w, long step, const typename K::token* 
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < R; ++r) a[t][r] = K::mac(a[t][r], row[r], xs[t] + (s * K::VECS + v) * TOKEN_STEP);
         }
-        if (AHEAD)
-            for (int r = 0; r < R; ++r) __builtin_prefetch(soon.row + r * soon.step + s * K::VECS * soon.vector, 0, 2);
+        if (AHEAD) {  // one row after the other, as memory likes it
+            for (long i = 0; i < R * SIZE; i += 64) __builtin_prefetch(soon.row + i, 0, 2);
+            soon.row += R * SIZE;
+            if (soon.row >= soon_end) soon.row += soon.step - soon.length, soon_end = soon.row + soon.length;
+        }
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) acc[t * R + r] = a[t][r];
@@ -171,18 +184,20 @@ struct Product {
     vf* acc;  // room for every group of rows of every token of one call
     Soon next;
 
-    // Few tokens: weights come from memory all the time, so the rows after these are fetched step by step. Many: what comes
-    // after this product is fetched bit by bit between its tiles.
+    // Few tokens: weights come from memory all the time, so rows some way after these are fetched step by step. Many: what
+    // comes after this product is fetched bit by bit between its tiles.
     template <int R, int T>
     void group(long t, long r, long from, long to, vf* a, long turn, long turns) const {
-        const long vector = K::STEP / K::VECS * (long)sizeof(elem);
+        const long size = sizeof(elem), ahead = r + AHEAD_BYTES / (width * size) + R;
         Soon soon = next;
         if (next.row && turns > 1) {
             soon.row += r * soon.step;
             fetch<R>(soon, turn, turns);
             soon.row = nullptr;
-        } else if (next.row && r + R < rows) {
-            soon = {(const char*)(w + (r + R) * step), step * (long)sizeof(elem), vector, 0};
+        } else if (next.row && ahead < rows) {
+            soon = {(const char*)(w + ahead * step), step * size, width * size};
+        } else if (next.row) {
+            soon.row += (ahead - rows) * soon.step;
         }
         block<K, R, T>(w + r * step, step, x + t, from, to, a, from == 0, soon);
     }
@@ -211,8 +226,10 @@ struct Product {
 
     template <int T>
     void some(long t, long from, long to, vf* a, long turn, long turns) const {
-        constexpr int R = ROWS_AT_ONCE[T];
-        if (rows >= R)
+        constexpr int R = ROWS_AT_ONCE[T], S = K::streamed(T);
+        if (turns == 1 && rows >= S)
+            tokens_at<S, T>(t, from, to, a, turn, turns);
+        else if (rows >= R)
             tokens_at<R, T>(t, from, to, a, turn, turns);
         else
             tokens_at<1, T>(t, from, to, a, turn, turns);

@@ -47,6 +47,7 @@ namespace {
 
 constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a time
 constexpr long TOKENS_A_TASK = 4;
+constexpr long TASKS_A_THREAD = 8;
 constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
 constexpr long TILED = 16;     // tokens of an expert, from which on tiles are worth their packing
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
@@ -117,8 +118,9 @@ class Layer {
     explicit Layer(const Call& call) : c(call), activation(call), slot_count(call.tokens * call.top_k) {
         x_pitch = pitch(c.hidden), h_pitch = pitch(c.inter);
         tiled = HAS_TILES && !c.invariant && slot_count >= TILED * c.experts;
-        up_part = tiled ? TILE_ROWS : 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
-        down_part = tiled ? TILE_ROWS : slot_count > 2 * c.experts && c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
+        const bool few = slot_count <= MAX_T * c.experts;
+        up_part = tiled ? TILE_ROWS : few ? part_of(least(slot_count, c.experts) * c.inter) : 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
+        down_part = tiled ? TILE_ROWS : few ? part_of(c.hidden) : c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
     }
 
     bool run(Arena& arena) {
@@ -158,6 +160,9 @@ class Layer {
     size_t scratch_size;
     Tasks arrange, up, down;
     std::atomic<long> joined{0};
+
+    // So many of these rows that every thread has several tasks; memory likes long ones.
+    long part_of(long rows) const { return least(MAX_ROWS, up_to(rows / (TASKS_A_THREAD * c.threads) + 1, 16)); }
 
     static long pitch(long width) { return up_to(width, K::STEP) + SHIFT / (long)sizeof(token); }
     long x_count() const { return c.per_slot || tiled ? slot_count : c.tokens; }
@@ -272,7 +277,7 @@ class Layer {
             if (by_tiles(run)) return multiply_tiles(panel, width, tokens[0], pitch(width), n, out, MAX_ROWS);
 #endif
         const long size = sizeof(elem);
-        const Soon soon = {(const char*)next.at, next.step * size, K::STEP / K::VECS * size, width * size};
+        const Soon soon = {(const char*)next.at, next.step * size, width * size};
         if (panel)
             Product<Panel>{(const typename Panel::elem*)panel, pitch(width), rows, up_to(width, K::STEP), tokens, n, out, MAX_ROWS, acc, soon}.run();
         else

@@ -150,8 +150,8 @@ class Router {
         product.each([&](long task, long next) {
             const long first = task * GATE_ROWS, n = least(GATE_ROWS, c.logits - first);
             const elem *rows = (const elem*)c.gate + first * c.gate_row, *then = (const elem*)c.gate + next * GATE_ROWS * c.gate_row;
-            Soon soon = {nullptr, 0, 0, 0};
-            if (next < product.count) soon = {(const char*)then, c.gate_row * (long)sizeof(elem), K::STEP / K::VECS * (long)sizeof(elem), c.hidden * (long)sizeof(elem)};
+            Soon soon = {nullptr, 0, 0};
+            if (next < product.count) soon = {(const char*)then, c.gate_row * (long)sizeof(elem), c.hidden * (long)sizeof(elem)};
             Product<K>{rows, c.gate_row, n, c.hidden, x_rows, c.tokens, logits + first, c.logits, s.acc, soon}.run();
         });
     }

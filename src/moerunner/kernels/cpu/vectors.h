@@ -70,6 +70,17 @@ INLINE vf widen_half(vh h) {
 #endif
 }
 
+// In one step GCC 12 converts number by number.
+INLINE vf widen_int8(vb b) {
+#if defined(__AVX512F__) && LANES == 16 && !defined(EMULATED)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#elif defined(__AVX2__) && LANES == 8 && !defined(EMULATED)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)b)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
+}
+
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 INLINE long size_of(long dtype) { return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2; }
