@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, and nothing else: `make numbers`.
 
 Three kinds of files are read. Layers: what `moerunner bench --save` writes, `results` with shape, tokens, routing,
-implementation, floor and seconds. Tiles: what `scripts/gpu_bench.py` writes, `cells` with shape, tokens, floor and the
+implementation, floor and seconds; so does `moerunner.bench.cpu`. Tiles: what `scripts/gpu_bench.py` writes, `cells` with shape, tokens, floor and the
 seconds of the best. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each implementation, with the
 floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
 """
@@ -51,7 +51,8 @@ def newest(rows_of: Callable[[Row], list[Row]], key: str, folder: Path) -> dict[
     for date, data in files(folder):
         by_name: dict[tuple[str, Any], list[Row]] = {}
         for row in rows_of(data):
-            said = {**row, "date": date, "versions": versions_of(data["environment"]), "dtype": data.get("dtype", "bfloat16")}
+            dtype = row.get("dtype", data.get("dtype", "bfloat16"))
+            said = {**row, "date": date, "versions": versions_of(data["environment"]), "dtype": dtype}
             by_name.setdefault((device_of(data), row[key]), []).append(said)
         kept.update(by_name)
     devices: dict[str, list[Row]] = {}
@@ -94,10 +95,11 @@ def microseconds(seconds: float) -> str:
 
 
 def layers(short: bool, folder: Path) -> list[str]:
-    """A table for each device: the floor, ours, and the fastest of each other implementation."""
+    """A table for each device and dtype: the floor, ours, and the fastest of each other implementation."""
     lines = []
-    for device, rows in newest(layer_rows, "shape", folder).items():
-        rows = [row for row in rows if row["routing"] == "uniform" and seconds_of(row)]
+    found = newest(layer_rows, "shape", folder)
+    for device, dtype in [(d, t) for d, rows in found.items() for t in sorted({row["dtype"] for row in rows})]:
+        rows = [row for row in found[device] if row["dtype"] == dtype and row["routing"] == "uniform" and seconds_of(row)]
         if short:
             rows = [row for row in rows if row["shape"] in SHORT_SHAPES and row["tokens"] in SHORT_TOKENS]
         if not rows:

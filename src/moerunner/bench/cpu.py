@@ -32,7 +32,7 @@ _BATCHED_TOKENS = 16  # it gathers the weights of every slot
 
 
 def rows(name: str, dtype: torch.dtype, tokens: list[int], only: set[str] | None) -> list[dict[str, Any]]:
-    """One per implementation and number of tokens; seconds are medians, `ratio` is to the floor of its own bytes."""
+    """One per implementation and number of tokens; `eager`, seconds, is a median, `ratio` is to the floor of its own bytes."""
     shape, found = SHAPES[name], []
     peaks = measure_peaks("cpu", dtype)
     flops = max(peaks.flops, measure_peaks("cpu", torch.float32).flops)  # a dtype may have no fast product
@@ -54,7 +54,8 @@ def rows(name: str, dtype: torch.dtype, tokens: list[int], only: set[str] | None
         for label, seconds in turns_seconds(calls).items():
             size = 1 if label == INT8 else dtype.itemsize
             floor = floor_seconds(shape, count, peaks, hit=hit, itemsize=size)
-            row = dict(shape=name, dtype=str(dtype)[6:], tokens=count, implementation=label, seconds=seconds, floor=floor)
+            row = dict(shape=name, dtype=str(dtype)[6:], tokens=count, routing="uniform", implementation=label)
+            row |= dict(eager=seconds, floor=floor)
             found.append(row | dict(ratio=seconds / floor, error=errors[label], yardstick=judge.yardstick, peaks=vars(peaks)))
             print(f"{name} {row['dtype']:8} {count:5} {label:34} {seconds * 1e3:8.3f} ms {seconds / floor:6.2f} x floor")
     return found
@@ -84,8 +85,8 @@ def environment() -> dict[str, Any]:
     """What a result is worth nothing without."""
     info = Path("/proc/cpuinfo")
     named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return facts | {"cpu": (named or [platform.processor()])[0], "path": library.chosen()[0], **versions()}
+    cpu = {"model": (named or [platform.processor()])[0], "threads": torch.get_num_threads(), "path": library.chosen()[0]}
+    return {"python": platform.python_version(), "torch": torch.__version__, "cpu": cpu, **versions()}
 
 
 def main() -> None:
