@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, and nothing else: `make numbers`.
 
-Three kinds of files are read. Layers: what `moerunner bench --save` writes, `results` with shape, tokens, routing,
-implementation, floor and seconds; so does `moerunner.bench.cpu`. Tiles: what `scripts/gpu_bench.py` writes, `cells` with shape, tokens, floor and the
-seconds of the best. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each implementation, with the
-floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
+Three kinds of files are read. Layers: what `moerunner bench --save` and `python -m moerunner.bench.cpu --save` write, `results`
+with shape, tokens, routing, implementation, floor and seconds. Tiles: what `scripts/gpu_bench.py` writes, `cells` with shape,
+tokens, floor and the seconds of the best. Whole models: what `scripts/gpu_model.py` writes, `decode` and `prefill` of each
+implementation, with the floor. Of each device the newest file that has a shape or a model wins; the date is the file's name.
 """
 
 from __future__ import annotations
