@@ -37,18 +37,21 @@ def _check(c, path):
 
 
 @path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_activations(device, path, name):
     _check(case(device, tokens=4, activation=ACTIVATIONS[name], bias=True), path)
 
 
 @path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu2", "limit"])
 def test_ungated(device, path, name):
     _check(case(device, tokens=4, gate_up="none", activation=ACTIVATIONS[name], bias=True), path)
 
 
 @path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("gate_up", ["concat", "interleaved"])
 def test_layouts_and_strides(device, path, gate_up, transposed):
@@ -67,6 +70,7 @@ def test_tiles_that_an_expert_fills_at_most_by_half(device, tma):
 
 
 @path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("output", ["summed", "rows"])
 def test_half_precision(device, path, dtype, output):
@@ -94,6 +98,7 @@ def test_scale_and_final_dtype(device, path):
 
 
 @path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("hidden", "inter"), [(8, 8), (136, 24)])
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (3, 4, 4), (20, 1, 2)])
 def test_odd_shapes(device, path, hidden, inter, tokens, top_k, experts):
