@@ -1,10 +1,11 @@
 // Runs the experts' kernels on random small layers and holds them against plain loops in double, and the router's on random rules,
-// whose ids must be distinct. Compiled with sanitizers, which see every read beside a tensor: each tensor is its own allocation, of
+// whose ids must be distinct, and linear layers. Compiled with sanitizers, which see every read beside a tensor: each tensor is its own allocation, of
 // exactly its size, at an address that is not aligned.
 //
 //     driver SEED LAYERS      exits with 1 after a line for each layer that is wrong
 
 #include "../../src/moerunner/kernels/cpu/experts.cpp"
+#include "../../src/moerunner/kernels/cpu/linear.cpp"
 #include "../../src/moerunner/kernels/cpu/route.cpp"
 
 #include <math.h>
@@ -181,11 +182,35 @@ static bool routes(int number) {
     return right;
 }
 
+static bool linear_layer(int number) {
+    LinearCall c = {};
+    const int dtypes[] = {FLOAT32, BFLOAT16, FLOAT16};
+    c.dtype = dtypes[pick_number(0, 2)], c.threads = pick_number(1, 3);
+    c.tokens = pick_number(1, 64), c.width = coin() ? pick_number(1, 70) : pick_number(71, 1100), c.outputs = pick_number(1, 130);
+    c.x_row = c.width + pick_number(0, 3), c.w_row = c.width + pick_number(0, 3);
+    Numbers x((c.tokens - 1) * c.x_row + c.width, (int)c.dtype, 1), w((c.outputs - 1) * c.w_row + c.width, (int)c.dtype, 1);
+    Numbers bias(c.outputs, (int)c.dtype, 1), out(c.tokens * c.outputs, FLOAT32, NAN);
+    c.x = x.at, c.w = w.at, c.bias = coin() ? bias.at : nullptr, c.out = (float*)out.at;
+    if (moerunner_linear(&c)) return false;
+    for (long t = 0; t < c.tokens; ++t)
+        for (long i = 0; i < c.outputs; ++i) {
+            double sum = c.bias ? bias.value[i] : 0, size = fabs(sum);
+            for (long k = 0; k < c.width; ++k) {
+                const double product = x.value[t * c.x_row + k] * w.value[i * c.w_row + k];
+                sum += product, size += fabs(product);
+            }
+            if (fabs(c.out[t * c.outputs + i] - sum) <= 1e-6 * size) continue;
+            printf("linear %d: token %ld, output %ld: %g, not %g\n", number, t, i, c.out[t * c.outputs + i], sum);
+            return false;
+        }
+    return true;
+}
+
 int main(int count, char** arguments) {
     engine.seed((unsigned)(count > 1 ? atoi(arguments[1]) : 0));
     const int layers = count > 2 ? atoi(arguments[2]) : 100;
     bool right = true;
-    for (int i = 0; i < layers; ++i) right = layer(i) && routes(i) && right;
+    for (int i = 0; i < layers; ++i) right = layer(i) && linear_layer(i) && routes(i) && right;
     moerunner_release();
     return right && !moerunner_kept() ? 0 : 1;
 }

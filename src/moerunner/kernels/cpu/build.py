@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("experts.cpp", "route.cpp", "norm.cpp")
+SOURCES = ("experts.cpp", "route.cpp", "linear.cpp", "norm.cpp")
 RECORD = "build.json"
 """Beside the libraries: the compiler, what the sources were, and for each path that is not there the reason."""
 

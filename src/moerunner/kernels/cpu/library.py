@@ -62,6 +62,16 @@ class NormCall(ctypes.Structure):
     ]
 
 
+class LinearCall(ctypes.Structure):
+    """`struct LinearCall` of linear.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w bias out".split()),
+        *((name, ctypes.c_int64) for name in "tokens width outputs x_row w_row dtype threads".split()),
+        ("fork", ctypes.c_void_p),
+    ]
+
+
 @cache
 def _instructions() -> frozenset[str]:
     """What the processor and the operating system offer, as Linux names it."""
@@ -133,6 +143,7 @@ def load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(file_of(path)))
     library.moerunner_experts.argtypes = [ctypes.POINTER(Call)]
     library.moerunner_route.argtypes = [ctypes.POINTER(RouteCall)]
+    library.moerunner_linear.argtypes = [ctypes.POINTER(LinearCall)]
     library.moerunner_rms_norm.argtypes = [ctypes.POINTER(NormCall)]
     library.moerunner_rms_norm.restype = None
     library.moerunner_kept.restype = ctypes.c_int64

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from moerunner.models.decoding import norms, rotary
+from moerunner.models.decoding import linears, norms, rotary
 from moerunner.models.decoding.attention import without_copies
 
 
@@ -18,6 +18,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     with ExitStack() as inside:
         inside.enter_context(without_copies())
         inside.enter_context(norms.one_launch(model))
+        inside.enter_context(linears.in_native_code(model))
         if kernels_run(model):
             inside.enter_context(rotary.one_launch(model))
         yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,30 +16,20 @@ from torch import Tensor, nn
 
 from moerunner.kernels.cpu import library
 from moerunner.kernels.cpu import norm as native
-from moerunner.models.block import PLAIN, forward_of, listens
+from moerunner.models.block import PLAIN
+from moerunner.models.decoding.modules import plain, replaced
 
 _ROWS, _FEW = 16, 0.01  # how many rows are tried, and the share of numbers that may differ in their last digit
 
 
-@contextmanager
-def one_launch(model: nn.Module) -> Iterator[None]:
+def one_launch(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the norms of a model run as kernels: Triton's on a GPU, native code on a CPU. Without them nothing changes."""
-    replaced = list(_norms(model))
-    try:
-        for module, forward in replaced:
-            module.forward = forward
-        yield
-    finally:
-        for module, _ in replaced:
-            module.__dict__.pop("forward", None)  # it may not have come to it
+    return replaced(_norms(model))
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     forms: dict[tuple[Any, ...], int | None] = {}
-    ours = {inner for block in model.modules() if forward_of(block) is not None for inner in block.modules()}
-    for module in model.modules():
-        if module in ours:  # a patched block looks whether anything in it was replaced
-            continue
+    for module in plain(model):
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weight = module._parameters.get("weight")
         if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.ndim != 1 or not isinstance(eps, float):
@@ -47,7 +37,7 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Ten
         rms_norm, dtypes = _kernel(weight.device.type)
         if type(weight) not in PLAIN or weight.dtype not in dtypes:
             continue
-        if len(module._parameters) > 1 or module._modules or listens(module):
+        if len(module._parameters) > 1:
             continue
         kind = (type(module), weight.device, weight.dtype, weight.shape, eps)
         if kind not in forms:
