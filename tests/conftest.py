@@ -29,16 +29,20 @@ def pytest_configure(config):
         hypothesis.core.global_force_seed = SEED
 
 
+def _pooled(item):
+    return getattr(getattr(item.module, "on_ranks", None), "__module__", "") == "tests.parallel.pool"
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items):
     """Of a grid the part whose turn it is stays in the fast tier. Long tests have the time that a busy machine takes.
 
     With `--dist loadgroup` the tests of a file share a worker and what its fixtures made; all files that want processes of
-    a process group share theirs.
+    a process group share theirs. The groups that take longest come first, so that no worker waits for them at the end.
     """
+    items.sort(key=lambda item: not (_pooled(item) or "serve" in item.path.parts))
     for item in items:
-        pooled = getattr(getattr(item.module, "on_ranks", None), "__module__", "") == "tests.parallel.pool"
-        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group("ranks" if _pooled(item) else item.nodeid.partition("::")[0]))
         rotating = item.get_closest_marker("rotating")
         if rotating and (zlib.crc32(item.nodeid.encode()) + SEED) % rotating.args[0]:
             item.add_marker(pytest.mark.slow)
