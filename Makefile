@@ -61,7 +61,7 @@ test: $(VENV)/.stamp-dev ## install, then lint, types, floors and the fast tests
 	@$(call phase,ruff format,$(BIN)/ruff format --check $(LINTED))
 	@$(call phase,pyright,$(BIN)/pyright --pythonpath $(BIN)/python)
 	@$(call phase,lint-imports,$(BIN)/lint-imports --no-logo --cache-dir $(CACHE)/import-linter)
-	@$(call phase,pytest,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10 $(PYTEST_ARGS))
+	@$(call phase,pytest,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup --durations 10 $(PYTEST_ARGS))
 	@$(BIN)/python scripts/check_budget.py $(TIMES)
 
 test-all: $(VENV)/.stamp-dev ## every test, the long ones too; writes docs/results/test-all.json

@@ -38,9 +38,8 @@ def pytest_collection_modifyitems(items):
     """Of a grid the part whose turn it is stays in the fast tier. Long tests have the time that a busy machine takes.
 
     With `--dist loadgroup` the tests of a file share a worker and what its fixtures made; all files that want processes of
-    a process group share theirs. The groups that take longest come first, so that no worker waits for them at the end.
+    a process group share theirs.
     """
-    items.sort(key=lambda item: not (_pooled(item) or "serve" in item.path.parts))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ranks" if _pooled(item) else item.nodeid.partition("::")[0]))
         rotating = item.get_closest_marker("rotating")
