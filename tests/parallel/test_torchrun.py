@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.parallel import pool
 from tests.parallel.models import sample_apart
-from tests.parallel.pool import on_ranks
 
 import moerunner
 from moerunner import Layout
@@ -74,7 +74,7 @@ def test_generate_says_once_what_one_rank_says(folder):
 @pytest.mark.slow
 def test_rank_0_decides_on_every_token(folder):
     """Also where the ranks' scores and their random numbers differ."""
-    first, second = on_ranks(2, sample_apart, folder, Layout(ep=2))
+    first, second = pool.on_ranks(2, sample_apart, folder, Layout(ep=2))
     assert first == second
 
 
