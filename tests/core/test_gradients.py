@@ -196,7 +196,7 @@ def test_every_weight_of_any_layer_against_plain_autograd(spec: MoESpec, seed: i
         MoERunner(spec, base, options=Options(backend=backend, grad=True))
     except UnsupportedError:
         return
-    out = torch.randn(6, spec.hidden_size)
+    out = torch.randn(6, spec.hidden_size, generator=torch.Generator().manual_seed(seed))
 
     def ours() -> list[torch.Tensor]:
         weights, given = leaves(base, torch.float32)
@@ -216,6 +216,8 @@ def test_every_weight_of_any_layer_against_plain_autograd(spec: MoESpec, seed: i
     exact, narrow = by_hand(torch.float64), by_hand(torch.float32)
     for got, wanted, yard in zip(ours(), exact, narrow, strict=True):
         allowed = max(5e-6, 2 * relative_error(yard, wanted) + 1e-6)
+        if wanted.numel() == 1:  # a sum that may cancel, by luck in one dtype and not in the other
+            allowed *= max(1.0, float(exact[0].abs().max() / wanted.abs().clamp(min=1e-30)))
         if float(wanted.abs().max()) > 1e-6 * float(exact[0].abs().max()):
             assert relative_error(got, wanted) <= allowed
         else:
