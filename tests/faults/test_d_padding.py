@@ -83,6 +83,7 @@ def padded(spec, weights, width, fill=3.0):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", [None, "tp2", "ep2 tp2", "sharded tokens, ep2", "sharded tokens, ep4"])
 @pytest.mark.parametrize("around", AROUND)
+@pytest.mark.rotating(3)
 def test_D1_a_hidden_size_that_is_no_multiple_of_the_tile(around, layout, backend):
     spec = make_spec(factor=2.5, on_output=True, **AROUND[around])
     weights = padded(spec, make_weights(spec), spec.routed_hidden_size + 16)

@@ -69,6 +69,7 @@ MOMENTS = [("embedding", 1), ("norm", 1), ("rotary", 1), ("rotary", 9), ("block"
 
 
 @pytest.mark.parametrize(("where", "n"), MOMENTS)
+@pytest.mark.rotating(3)
 def test_generate(where, n, model, device, monkeypatch, tmp_path):
     """In the prompt, in the trial of a form, in the first token after it, and in a later one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -113,6 +113,7 @@ def test_without_a_source_nothing_is_checked():
 
 
 @pytest.mark.parametrize("family", [family.name for family in TABLE])
+@pytest.mark.rotating(3)
 def test_every_family_is_recorded_with_this_release_and_does_not_warn(family):
     if not RECORDED or family not in CONFIGS:
         pytest.skip(f"Transformers {RELEASE} was not verified, or has no {family}")

@@ -111,6 +111,7 @@ def edit_tensors(folder, change):
 
 @pytest.mark.parametrize(("dtype", "shards"), [(None, True), (torch.bfloat16, False), (torch.float16, True)], ids=str)
 @pytest.mark.parametrize("name", [*ONE_PER_FAMILY, *OTHERS])
+@pytest.mark.rotating(3)
 def test_the_model_is_the_one_that_transformers_loads(name, dtype, shards, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -290,6 +291,7 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "not-patched"])
+@pytest.mark.rotating(3)
 def test_new_weights_give_exactly_a_fresh_load(saved, other, dtype, patched, source):
     live, fresh = load(saved[1], dtype=dtype), load(other, dtype=dtype)
     if not patched:

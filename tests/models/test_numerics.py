@@ -48,6 +48,7 @@ def test_float32_blocks_equal_transformers_and_the_oracle_on_the_same_input(case
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.rotating(3)
 def test_half_precision_is_at_most_twice_as_far_from_the_oracle_as_transformers(case, dtype):
     model = build(case, dtype=dtype)
     _, seen = run_and_watch(model, prompt())

@@ -64,6 +64,7 @@ ON_FOUR = {
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in ON_FOUR)])
+@pytest.mark.rotating(3)
 def test_every_rank_says_what_one_rank_says(case, folders):
     family, changes, layout = (CASES | ON_FOUR)[case]
     folder, expected = folders(family, **changes)

@@ -32,6 +32,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe-ep2-tp2", *CASES, *(pytest.param(c, marks=SLOW) for c in list(ON_FOUR)[1:])])
+@pytest.mark.rotating(3)
 def test_every_rank_says_what_one_rank_says(case):
     family, changes, layout = (CASES | ON_FOUR)[case]
     model = tiny_model(family, **changes)
