@@ -124,11 +124,7 @@ class Layer {
     }
 
     bool run(Arena& arena) {
-        Cut sizes = {nullptr, 0};
-        lay_out(sizes);
-        if (!arena.reserve(sizes.used)) return false;
-        Cut real = {arena.begin(), 0};
-        lay_out(real);
+        if (!place(arena, [&](Cut& cut) { lay_out(cut); })) return false;
         sort();
         arrange.count = ((tiled ? row_count : x_count()) + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
         up_parts = (c.inter + up_part - 1) / up_part;

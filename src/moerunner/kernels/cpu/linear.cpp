@@ -25,11 +25,7 @@ class Linear {
     explicit Linear(const LinearCall& call) : c(call), pitch(up_to(call.width, K::STEP) + 16) {}
 
     int run() {
-        Cut sizes = {nullptr, 0};
-        lay_out(sizes);
-        if (!arena.reserve(sizes.used)) return 1;
-        Cut real = {arena.begin(), 0};
-        lay_out(real);
+        if (!place(arena, [&](Cut& cut) { lay_out(cut); })) return 1;
         arrange.count = c.tokens;
         product.count = (c.outputs + MAX_ROWS - 1) / MAX_ROWS;
         const double reads = (double)c.outputs * c.width;

@@ -148,3 +148,14 @@ struct Cut {
         return array;
     }
 };
+
+// Has `lay_out` cut its arrays twice: to count, then out of the arena. False where there is no memory.
+template <class F>
+bool place(Arena& arena, F lay_out) {
+    Cut sizes = {nullptr, 0};
+    lay_out(sizes);
+    if (!arena.reserve(sizes.used)) return false;
+    Cut real = {arena.begin(), 0};
+    lay_out(real);
+    return true;
+}

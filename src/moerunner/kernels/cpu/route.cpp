@@ -75,11 +75,7 @@ class Router {
     explicit Router(const RouteCall& call) : c(call), shared_count(call.logits - call.experts) {}
 
     int run() {
-        Cut sizes = {nullptr, 0};
-        lay_out(sizes);
-        if (!arena.reserve(sizes.used)) return 1;
-        Cut real = {arena.begin(), 0};
-        lay_out(real);
+        if (!place(arena, [&](Cut& cut) { lay_out(cut); })) return 1;
         tokens_a_task = 1 + LOGITS_A_TASK / c.logits;
         rule.count = (c.tokens + tokens_a_task - 1) / tokens_a_task;
         arrange.count = c.gate ? c.tokens : 0;
