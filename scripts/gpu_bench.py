@@ -32,7 +32,7 @@ TOKENS = [1, 2048, 8192, 512, 8, 32, 128]  # what matters most first
 
 
 def candidates(shape, count: int, itemsize: int) -> list[tiles.Tiles]:
-    start = tiles.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=itemsize)
+    start = tiles.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=itemsize, specialised=True)
     found = [start, *tiles.neighbours(start)]
     parts = [other for base in found for _, others in tiles.alternatives(base) for other in others]
     return [*found, *parts, *tiles.specialised(start)]

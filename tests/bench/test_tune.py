@@ -32,7 +32,7 @@ def gpu(tmp_path, monkeypatch):
     tables._measured.cache_clear()
 
 
-@pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True), Specialised(lag=1)])
+@pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True), Specialised(128, True)])
 def test_tiles_survive_json(one):
     assert tiles.from_dict(json.loads(json.dumps(tiles.to_dict(one)))) == one
 
@@ -100,15 +100,16 @@ def test_the_cache_is_of_this_device_and_these_versions(monkeypatch, tmp_path):
     assert tables.cache_file(device) == tmp_path / "moerunner" / "tiles" / f"{versions}-driver580.95.05.json"
 
 
+@pytest.mark.parametrize("able", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512, 8192])
-def test_the_search_measures_few_tiles_once_and_finds_the_best_product(tokens):
-    start = tiles.choose(tokens, 8, 128, 2048, 768, itemsize=2)
+def test_the_search_measures_few_tiles_once_and_finds_the_best_product(tokens, able):
+    start = tiles.choose(tokens, 8, 128, 2048, 768, itemsize=2, specialised=able)
     asked = []
 
     def clock(one):
         asked.append(one)
         if isinstance(one, Specialised):
-            return tune.Timed(one, 1.0)
+            return tune.Timed(one, 1e3)
         return tune.Timed(one, 1e-6 * (one.up.block_n + one.down.warps + 0.1 * getattr(one, "block_m", 0)))
 
     timed = tune._search(start, clock)

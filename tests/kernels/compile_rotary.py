@@ -5,13 +5,42 @@ Prints one line of JSON per form and dtype: bytes of spilled registers, products
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
-from compile_hopper import Target, spilled
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from moerunner.kernels import rotary
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+class Target:
+    """What Triton asks a driver for when it only compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def spilled(ptx: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [PTXAS, "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said, said
+    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
 
 def compile_only(kernel, grid, *args, device, warps, first, exact):

@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from cases import case, error
+triton = pytest.importorskip("triton")
+from cases import TILES, case, error
 
-from moerunner.kernels.hopper import runs_on
+from moerunner.kernels import hopper, nvrtc, tiles
+from moerunner.kernels.activation import KINDS
 from moerunner.kernels.tiles import Specialised
 from moerunner.spec import ActivationSpec
 
-FILE = Path(__file__).with_name("compile_hopper.py")
-SHARED = 227 * 1024  # bytes of a program on Hopper
-SPILLED = 128  # bytes: a few values that live across a whole tile, not the accumulator
-FEW = ["up", "down", "gpt_oss"]
-REST = ["ungated", "input weighting, softcaps", "clamp after, gelu, bias", "down, bias", "rows, float16"]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+STACK = 160  # bytes: what an end of a tile with many facts keeps there, not the sums
+UP = dict(UP=1, WEIGHTED=0, GATED=1, BIAS=0, HALF=0, KIND=0, LIMITED=0, CLAMP_AFTER=0, GATE_CAPPED=0, UP_CAPPED=0)
+VARIANTS = {
+    "up": {},
+    "down": {"UP": 0, "WEIGHTED": 1},
+    "gpt_oss": {"BIAS": 1, "LIMITED": 1},
+    "copied": {"COPIED": 1},
+    "ungated": {"GATED": 0, "KIND": KINDS.index("relu2"), "BIAS": 1},
+    "input weighting, softcaps": {"WEIGHTED": 1, "GATE_CAPPED": 1, "UP_CAPPED": 1},
+    "clamp after, gelu, bias": {"BIAS": 1, "KIND": KINDS.index("gelu"), "LIMITED": 1, "CLAMP_AFTER": 1},
+    "down, bias": {"UP": 0, "WEIGHTED": 1, "BIAS": 1},
+    "rows, float16": {"UP": 0, "HALF": 1},
+}
+FEW = ["up", "down"]
 
 
-@pytest.mark.parametrize(
-    ("hidden", "inter", "names"),
-    [
-        (2048, 768, FEW),
-        pytest.param(2048, 768, REST, marks=pytest.mark.slow),
-        pytest.param(200, 136, FEW + REST, marks=pytest.mark.slow),  # rows of whole 16 bytes, no more
-    ],
-)
-def test_compiles_for_hopper_and_keeps_the_accumulator_in_registers(hidden, inter, names):
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, FILE, str(hidden), str(inter), *names]
-    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in found] == names
-    assert all(shared <= SHARED and spilled <= SPILLED for _, shared, spilled in found), found
+def _bindings():
+    try:
+        nvrtc.checked(nvrtc.bindings()[1].nvrtcVersion(), "tell NVRTC's version")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and runs_on(torch.device("cuda"))), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _bindings()
+    return tmp_path / "moerunner" / "kernels"
+
+
+@pytest.mark.parametrize("rows", [128, 192])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in VARIANTS])
+def test_compiles_for_hopper_and_keeps_the_sums_in_registers(cache, name, rows):
+    flags = {"PARTS": rows // 64, "COLUMNS": hopper.COLUMNS[rows], "COPIED": 0} | UP | VARIANTS[name]
+    nvrtc.compiled("hopper.cu", "sm_90a", [f"{flag}={value}" for flag, value in flags.items()])
+    (file,) = cache.iterdir()
+    said = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    used = re.search(r"grouped_product:\s+REG:(\d+) STACK:(\d+)", said)
+    assert used, said
+    assert int(used[1]) * (128 + 2 * rows) <= 65536, "the registers at the start"
+    assert int(used[2]) <= (0 if name in FEW else STACK), said
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_order_compiles(cache, arch):
+    assert nvrtc.compiled("order.cu", arch, ["ID=int"]) == nvrtc.compiled("order.cu", arch, ["ID=int"])
+    assert len(list(cache.iterdir())) == 1, "the second came from the cache"
+
+
+def test_what_the_compiler_says_is_passed_on(cache):
+    with pytest.raises(RuntimeError, match=r"hopper\.cu was not compiled .*identifier \"GATED\" is undefined"):
+        nvrtc.compiled("hopper.cu", "sm_90a", ["UP=1"])
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    _bindings()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc.compiled("order.cu", "sm_90a", ["ID=int"])
+
+
+def test_it_is_chosen_for_many_rows_where_it_runs_and_only_there():
+    assert "NVIDIA GPUs only" in hopper.why_not(torch.device("cpu"))
+    for tokens, many in ((1, False), (512, False), (2560, Specialised(192)), (8192, Specialised(128))):
+        facts = dict(top_k=8, experts=128, hidden=2048, inter=768)
+        chosen = tiles.choose(tokens, **facts, itemsize=2, specialised=True)
+        assert chosen == (many or tiles.choose(tokens, **facts, itemsize=2))
+    assert tiles.choose(8192, 2, 8, 4096, 14336, itemsize=2, specialised=True) == Specialised(128, copied=True)
+    assert not isinstance(tiles.choose(8192, 8, 128, 2048, 768, itemsize=4, specialised=True), Specialised)
+
+
+def test_where_it_cannot_run_the_triton_tiles_serve(device):
+    c = case(device, torch.float32, tokens=20)
+    assert error(c.kernel(Specialised()), c.exact()) <= c.bound()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or hopper.why_not(torch.device("cuda")) != "", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tiles", [Specialised(rows, copied) for rows in (128, 192) for copied in (False, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "facts",
@@ -55,11 +107,14 @@ def test_compiles_for_hopper_and_keeps_the_accumulator_in_registers(hidden, inte
         {"input_weighting": True},
         {"output": "rows", "bias": True},
         {"hidden": 200, "inter": 136, "tokens": 300},
-        {"tokens": 700, "experts": 2, "top_k": 1, "skip": False},
+        {"tokens": 700, "experts": 2, "top_k": 1, "skip": False},  # several blocks of rows, and what is left of the last
+        {"tokens": 700, "experts": 1, "top_k": 1, "inter": 104, "skip": False},
+        {"tokens": 420, "experts": 2, "top_k": 1, "inter": 640},  # an odd number of tiles of columns
     ],
 )
-def test_equals_float64_on_a_gpu(facts, dtype, lag):
+def test_equals_float64_on_a_gpu(facts, dtype, tiles):
     c = case("cuda", dtype, **{"hidden": 128, "inter": 64, "tokens": 40, **facts})
-    first, again = c.kernel(Specialised(lag=lag)), c.kernel(Specialised(lag=lag))
+    first, again = c.kernel(tiles), c.kernel(tiles)
     assert error(first, c.exact()) <= c.bound()
     assert torch.equal(first, again)
+    assert error(c.kernel(TILES["tma"]), first.double()) <= c.bound(), "what the Triton tiles give"

@@ -17,15 +17,20 @@ def _ids(tokens, top_k, experts, how):
     return ids
 
 
-@pytest.mark.parametrize("launches", ["one", "two"])
+@pytest.mark.parametrize("launches", ["one", "two", "CUDA C++"])
 @pytest.mark.parametrize("how", ["spread", "one", "none"])
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (40, 4, 9)])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (40, 4, 9), (600, 4, 130)])
 def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, experts):
     """Rows are stable in expert order; tiles cover every expert's rows once, and the rest of the map is marked empty."""
     monkeypatch.setattr(order, "_ONE_LAUNCH", 4096 if launches == "one" else 0)
+    if launches == "CUDA C++":
+        if reason := order.nvrtc.why_not(torch.device(device)):
+            pytest.skip(reason)
+    else:
+        monkeypatch.setattr(order.nvrtc, "why_not", lambda device: "not asked for")
     if how == "one" and experts < 3:
         how = "spread"
-    ids = _ids(tokens, top_k, experts, how).to(device)
+    ids = _ids(tokens, top_k, experts, how).to(device, torch.int64 if top_k > 3 else torch.int32)
     got, expected = order.order_slots(ids, experts, 16), sort_by_expert(ids, experts)
     assert torch.equal(got.slot_R.long(), expected.slot_R)
     start, tiles = 0, []
@@ -34,6 +39,7 @@ def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, exper
         start = end
     assert got.tiles_4N[:, : len(tiles)].T.tolist() == tiles
     assert (got.tiles_4N[0, len(tiles) :] == -1).all()
+    assert got.totals.tolist() == [len(tiles), 0, 0, 0]
 
 
 @pytest.mark.parametrize("tokens", [300, 1200])

@@ -72,14 +72,18 @@ def tune(
     replays: int = 9,
 ) -> Iterator[Tuned]:
     """Measures every number of tokens. Tiles that give a wrong result are not timed."""
+    from moerunner.kernels import hopper
     from moerunner.kernels import tiles as choice
 
+    able = not hopper.why_not(torch.device(device))
     generator = torch.Generator(torch.device(device).type).manual_seed(seed)
     weights = make_weights(shape, copies_of(shape, dtype), dtype, device)
     for count in tokens:
         inputs, _ = draw_inputs(shape, count, routing, weights, generator)
         judge = Judge.of(shape, inputs[0])
-        start = choice.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=dtype.itemsize)
+        start = choice.choose(
+            count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=dtype.itemsize, specialised=able
+        )
 
         def clock(tiles: Any, inputs: list[Inputs] = inputs, judge: Judge = judge) -> Timed:
             return _time(tiles, shape, inputs, judge, replays)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,11 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, this GPU is the current one, where Triton launches: a model may be spread over several by `device_map`."""
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what was compiled or measured on this machine is kept for the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moerunner" / kind
 
 
 def blocks(count: int, size: int) -> int:

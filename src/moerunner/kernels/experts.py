@@ -13,7 +13,7 @@ from moerunner.kernels import hopper, tables
 from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
-from moerunner.kernels.grouped import down, gate_up, sum_slots
+from moerunner.kernels.grouped import copy_rows, down, gate_up, sum_slots
 from moerunner.kernels.order import Tiled, order_slots
 from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Tiles
 
@@ -141,9 +141,9 @@ def _grouped(
     weighted = output != ROWS and not input_weighting
     operands = (x, w13, w2, b13, b2, weights, h_RI, y_SH)
     if isinstance(tiles, Specialised):
-        order, rest = order_slots(ids, experts, 128), (layout, activation, k, tiles.stages, tiles.lag)
-        hopper.product(x, w13, b13, weights, order, h_RI, *rest, up=True, weighted=input_weighting)
-        hopper.product(h_RI, w2, b2, weights, order, y_SH, *rest, up=False, weighted=weighted)
+        _specialised(
+            *operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, 2 * tiles.rows)
+        )
     else:
         _tiled(*operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, tiles.block_m))
     if output == ROWS:
@@ -184,11 +184,27 @@ def _tiled(
     )  # fmt: skip
 
 
+def _specialised(
+    x, w13, w2, b13, b2, weights, h_RI, y_SH, k, layout, activation, input_weighting, weighted, tiles: Specialised, order: Tiled
+) -> None:
+    """The two products by `hopper.py`."""
+    rest = (layout, activation, k, tiles.rows)
+    if tiles.copied:
+        (rows, hidden), tokens = y_SH.shape, x
+        x = x.new_empty(rows, hidden)
+        launch(
+            copy_rows, (rows,), tokens, order.slot_R, x, k, hidden, tokens.stride(0), power_of_2(hidden),
+            device=x.device, warps=4,
+        )  # fmt: skip
+    hopper.product(x, w13, b13, weights, order, h_RI, *rest, up=True, weighted=input_weighting, copied=tiles.copied)
+    hopper.product(h_RI, w2, b2, weights, order, y_SH, *rest, up=False, weighted=weighted)
+
+
 def _specialisable(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
     """Whether `hopper.py` can run it: on Hopper, 16-bit dtypes, rows of whole 16 bytes, weights that TMA can read."""
     whole = x.element_size() == 2 and all(n % 8 == 0 for n in w2.shape[1:])
     rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return whole and rows and hopper.runs_on(x.device) and _describable(w13) and _describable(w2)
+    return whole and rows and not hopper.why_not(x.device) and _describable(w13) and _describable(w2)
 
 
 def _describable(w: Tensor) -> bool:

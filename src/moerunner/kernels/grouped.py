@@ -256,6 +256,17 @@ def down(
 
 
 @triton.jit
+def copy_rows(x_TH, slot_R, rows_RH, K, hidden, stride_xt, BLOCK_H: tl.constexpr, PDL: tl.constexpr):
+    """rows[r] = x[token of r]."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    token = (tl.load(slot_R + row) // K).to(tl.int64)
+    column = tl.arange(0, BLOCK_H)
+    inside = column < hidden
+    tl.store(rows_RH + row * hidden + column, tl.load(x_TH + token * stride_xt + column, mask=inside), mask=inside)
+
+
+@triton.jit
 def sum_slots(
     y_SH,
     ids_S,

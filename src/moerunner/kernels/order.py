@@ -11,6 +11,7 @@ Shape suffixes: S slots (token * K + k), R rows, E experts, N tiles, B blocks of
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moerunner.kernels import nvrtc
 from moerunner.kernels.common import blocks, follow, launch, power_of_2
 
 _ONE_LAUNCH = 4096
 """Up to this many slots each is compared with every other, in one launch; beyond, blocks are counted first."""
+_C_TYPES = {
+    torch.int64: "long long",
+    torch.int32: "int",
+    torch.int16: "short",
+    torch.uint8: "unsigned char",
+    torch.int8: "char",
+}
 
 
 @dataclass(frozen=True)
 class Tiled:
     """slot_R: the slot of each row. tiles_4N: of each tile its expert (-1: none) and that expert's first tile, first row and
-    end row. All int32."""
+    end row. totals: how many tiles have an expert, then zeros, for kernels to count in. All int32."""
 
     slot_R: Tensor
     tiles_4N: Tensor
+    totals: Tensor
     block_m: int
 
 
@@ -43,7 +53,7 @@ def _keys(ids_S, at, S, E):
 
 @triton.jit
 def _write_tiles(count, tiles_4N, N, E, BLOCK_M: tl.constexpr, EP: tl.constexpr):
-    """The tile map from the number of rows of each expert (count [EP])."""
+    """The tile map and its totals from the number of rows of each expert (count [EP])."""
     e = tl.arange(0, EP)
     count = tl.where(e < E, count, 0)
     end = tl.cumsum(count, 0)
@@ -55,8 +65,11 @@ def _write_tiles(count, tiles_4N, N, E, BLOCK_M: tl.constexpr, EP: tl.constexpr)
         tl.store(tiles_4N + N + at, first, mask=mine)
         tl.store(tiles_4N + 2 * N + at, end - count, mask=mine)
         tl.store(tiles_4N + 3 * N + at, end, mask=mine)
-    for start in range(tl.sum(tiles, 0), N, EP):
+    total = tl.sum(tiles, 0)
+    for start in range(total, N, EP):
         tl.store(tiles_4N + start + e, -1, mask=start + e < N)
+    four = tl.arange(0, 4)
+    tl.store(tiles_4N + 4 * N + four, tl.where(four == 0, total, 0))
 
 
 @triton.jit(do_not_specialize=["S", "N"])
@@ -155,13 +168,15 @@ def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
     slots, device = ids_TK.numel(), ids_TK.device
     tiles = most_tiles(slots, experts, block_m)
     slot_R = torch.empty(slots, dtype=torch.int32, device=device)
-    tiles_4N = torch.empty(4, tiles, dtype=torch.int32, device=device)
+    tiles_4N, totals = torch.empty(4 * tiles + 4, dtype=torch.int32, device=device).split([4 * tiles, 4])
     ep = power_of_2(experts + 1)
     if slots <= _ONE_LAUNCH:
         launch(
             _order_few, (1 + blocks(slots, 8),), ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m, ep, 8, 512,
             device=device, warps=8, first=True,
         )  # fmt: skip
+    elif experts < 1024 and not nvrtc.why_not(device):
+        _order_many(ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m)
     else:
         block = 512 if slots <= 131072 else 2048
         count = blocks(slots, block)
@@ -171,4 +186,18 @@ def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
             _place_blocks, (count + 1,), ids_TK, count_BE, slot_R, tiles_4N, slots, experts, tiles, count,
             block_m, ep, block, 8192 // block, device=device, warps=8,
         )  # fmt: skip
-    return Tiled(slot_R, tiles_4N, block_m)
+    return Tiled(slot_R, tiles_4N.view(4, tiles), totals, block_m)
+
+
+def _order_many(ids_TK: Tensor, slot_R: Tensor, tiles_4N: Tensor, slots: int, experts: int, tiles: int, block_m: int) -> None:
+    """By `order.cu`, which is three times as fast as the two launches in Triton."""
+    count = blocks(slots, 1024)
+    counts_BE = torch.empty(count, experts + 1, dtype=torch.int32, device=ids_TK.device)
+    ids, counts, rows, map_4N = (ctypes.c_void_p(t.data_ptr()) for t in (ids_TK, counts_BE, slot_R, tiles_4N))
+    numbers = [ctypes.c_int(n) for n in (slots, experts, tiles, block_m)]
+    where = dict(device=ids_TK.device, file="order.cu", defines=[f"ID={_C_TYPES[ids_TK.dtype]}"])
+    keys = 4 * (experts + 1)
+    nvrtc.launch("count_experts", count, 1024, ids, counts, *numbers[:2], shared=keys, **where)
+    nvrtc.launch(
+        "place_slots", count + 1, 1024, ids, counts, rows, map_4N, *numbers, shared=2 * keys + 128 + 16 * keys, **where
+    )

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import triton
 
+from moerunner.kernels import hopper
 from moerunner.kernels import tiles as tile_choice
-from moerunner.kernels.common import INTERPRETING
+from moerunner.kernels.common import INTERPRETING, cache_folder
 from moerunner.kernels.tiles import Tiles
 
 _DRIVER = Path("/sys/module/nvidia/version")
@@ -35,7 +36,9 @@ def choose(
     tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, gated: bool, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """The tiles to run: measured ones where there are any, else `tiles.choose`."""
-    analytic = tile_choice.choose(tokens, top_k, experts, hidden, inter, itemsize=dtype.itemsize)
+    analytic = tile_choice.choose(
+        tokens, top_k, experts, hidden, inter, itemsize=dtype.itemsize, specialised=not hopper.why_not(device)
+    )
     if INTERPRETING or device.type != "cuda":
         return analytic
     name = key(experts=experts, top_k=top_k, hidden=hidden, inter=inter, gated=gated, dtype=dtype)
@@ -51,9 +54,8 @@ def nearest(by_tokens: dict[int, Tiles], tokens: int) -> Tiles | None:
 
 def cache_file(device: torch.device) -> Path:
     """Where `moerunner tune` keeps what it measured on this device with this Triton and driver."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     gpu = _slug(torch.cuda.get_device_name(device))
-    return Path(root) / "moerunner" / "tiles" / f"{gpu}-triton{triton.__version__}-driver{_driver()}.json"
+    return cache_folder("tiles") / f"{gpu}-triton{triton.__version__}-driver{_driver()}.json"
 
 
 def shipped_file(gpu: str) -> Path:

@@ -37,13 +37,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Specialised:
-    """For `hopper.py`, whose tiles are 128 x 256 x 64. stages: of the ring; lag: products that run when the next is issued.
+    """For `hopper.py`. rows: of a block's tile, 128 or 192. copied: the tokens are put in expert order first."""
 
-    No choice from the shape alone: until measured otherwise it is slower than `Grouped` on most shapes.
-    """
-
-    stages: int = 4
-    lag: int = 0
+    rows: int = 192
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,10 @@ _HALF = (  # 16-bit dtypes, from few rows per expert to many
 )
 
 
-def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, itemsize: int) -> Few | Grouped:
-    """The tiles for `tokens` tokens that choose `top_k` of `experts`, spread evenly."""
+def choose(
+    tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, itemsize: int, specialised: bool = False
+) -> Tiles:
+    """The tiles for `tokens` tokens that choose `top_k` of `experts`, spread evenly. specialised: `hopper.py` can run here."""
     slots = tokens * top_k
     if tokens == 1 or 8 * slots <= experts:
         return few(tokens, top_k, hidden, inter)
@@ -91,6 +90,9 @@ def choose(tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, it
     if itemsize == 4:
         product = Product(64, 32, 4, 3)
         return Grouped(16 if rows <= 16 else 64, product, product)
+    if specialised and rows > 144:
+        # Where experts are wide, tokens copied into expert order cost less than to gather them for each of their columns.
+        return Specialised(192 if rows <= 192 else 128, copied=inter >= 2560)
     if rows <= 10:
         return dataclasses.replace(_HALF[0], down=_HALF[0].up) if inter >= 2048 else _HALF[0]
     return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 48 else _HALF[3]
@@ -114,7 +116,7 @@ _ALTERNATIVES = {16: _THIN, 32: _MIDDLE, 64: _MIDDLE, 128: _WIDE}
 def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
     """What is worth measuring beside a choice, one part of it at a time: (which, the same with another such part)."""
     if isinstance(tiles, Specialised):
-        return
+        return  # they are few: `specialised` has them all
     if isinstance(tiles, Few):
         dn = tiles.down
         downs = [
@@ -128,13 +130,17 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
 
 
 def neighbours(tiles: Tiles) -> list[Tiles]:
-    """Choices that `choose` makes for a few more or fewer rows."""
+    """Choices that `choose` makes for a few more or fewer rows, or without `hopper.py`."""
+    if isinstance(tiles, Specialised):
+        return [_HALF[3]]
     return [other for other in _HALF if isinstance(tiles, Grouped) and other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
 
 
 def specialised(tiles: Tiles) -> list[Tiles]:
     """What `hopper.py` offers in place of tiles for many rows."""
-    return [Specialised(lag=lag) for lag in (0, 1) if isinstance(tiles, Grouped) and tiles.block_m >= 64]
+    every: list[Tiles] = [Specialised(rows, copied) for copied in (False, True) for rows in (192, 128)]
+    many = isinstance(tiles, Specialised) or (isinstance(tiles, Grouped) and tiles.block_m >= 64)
+    return every if many else []
 
 
 def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
