@@ -10,6 +10,8 @@ import pytest
 import torch
 from tests.parallel.nursery import Nursery
 
+from moerunner.parallel.watch import Peer, Watch
+
 TIMEOUT = {"stop": 8.0, "sleep": 8.0}  # of the layout, seconds, where it has to pass
 LONG = 60.0  # of all others, which end before
 SPARE = 20.0  # beyond it, for a machine that is busy
@@ -30,7 +32,7 @@ CAUSES = {
     "raise": r"Refused: is broken here",
     "memory": r"RuntimeError: .*allocate",
     "outside": r"Refused: is broken here",
-    "exit": r"its program has ended before",
+    "exit": r"its program has ended before|its process, which keeps the store .*, has ended",
     "sleep": r"has not come to .* within",
     "spec": r"disagrees? with rank 0: spec\.routed_scaling_factor is [\d.]+, on rank 0 it is [\d.]+$",
     "weights": r"disagrees? with rank 0: .*intermediate_size is \d+.*w13 is \[",
@@ -110,3 +112,16 @@ def test_twenty_times(nursery, fault):
     choices = [i for i, (_, layout, _) in enumerate(LAYOUTS) if copies or "dp" not in layout]
     for count in range(20):
         check(nursery, fault, choice=choices[count % len(choices)])
+
+
+def test_whoever_holds_up_the_others_is_named_though_it_is_in_another_group():
+    """Rank 3 waits for rank 1, which waits for rank 0 in a group of those two."""
+    watch = object.__new__(Watch)
+    watch._peers = {rank: Peer() for rank in range(3)}
+    watch._peers[0].said = {"waits": False, "issued": {"0,1": 2, "0,2": 5}}
+    watch._peers[1].said = {"waits": True, "issued": {"0,1": 3, "1,3": 4}}
+    watch._peers[2].said = {"waits": True, "issued": {"0,2": 5, "2,3": 4}}
+    assert watch._first_of_chain(1) == 0
+    assert watch._first_of_chain(0) == 0
+    watch._peers[0].said |= {"waits": True, "issued": {"0,1": 3, "0,2": 5}}
+    assert watch._first_of_chain(1) == 1, "it waits for none that is behind"

@@ -389,6 +389,15 @@ __device__ __forceinline__ void multiply_all(const Args &args, u32 ring, int par
         };
 #pragma unroll
         for (int group = 0; group < WIDTH / 32; ++group) {
+            float of_gate[8], of_up[8];  // biases of this thread's columns
+            if constexpr (BIAS) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    int column = n * WIDTH + (group * 4 + j / 2) * 8 + 2 * q + j % 2;
+                    of_gate[j] = bias_of(column, 0);
+                    if (UP && GATED) of_up[j] = bias_of(column, 1);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 u32 v[4];
@@ -397,19 +406,19 @@ __device__ __forceinline__ void multiply_all(const Args &args, u32 ring, int par
                     float y[2];
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        int at = (group * 4 + b) * 4 + i * 2 + j, column = n * WIDTH + (group * 4 + b) * 8 + 2 * q + j;
+                        int at = (group * 4 + b) * 4 + i * 2 + j;
                         if constexpr (UP) {
                             float g = WEIGHTED ? d[at] * weight[i] : d[at];
-                            if (BIAS) g += bias_of(column, 0);
+                            if (BIAS) g += of_gate[2 * b + j];
                             y[j] = activated(g, args);
                             if constexpr (GATED) {
                                 float u = WEIGHTED ? d[at + COLUMNS / 4] * weight[i] : d[at + COLUMNS / 4];
-                                if (BIAS) u += bias_of(column, 1);
+                                if (BIAS) u += of_up[2 * b + j];
                                 y[j] = gated_by(y[j], u, args);
                             }
                         } else {
                             y[j] = d[at];
-                            if (BIAS) y[j] += bias_of(column, 0);
+                            if (BIAS) y[j] += of_gate[2 * b + j];
                             if (WEIGHTED) y[j] *= weight[i];
                         }
                     }

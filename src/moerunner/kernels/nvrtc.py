@@ -91,9 +91,8 @@ def _compile(file: str, source: bytes, options: list[str]) -> bytes:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             said = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), "give the compiler's log")
             checked(nvrtc.nvrtcGetProgramLog(program, said), "give the compiler's log")
-            raise RuntimeError(
-                f"{file} was not compiled ({status.name}): {said.rstrip(bytes(1)).decode(errors='replace').strip()}"
-            )
+            text = said.rstrip(bytes(1)).decode(errors="replace").strip()
+            raise RuntimeError(f"{file} was not compiled ({status.name}): {text[:2000]}")
         code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), f"give the compiled {file}")
         checked(nvrtc.nvrtcGetCUBIN(program, code), f"give the compiled {file}")
         return code

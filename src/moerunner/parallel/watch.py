@@ -227,8 +227,28 @@ class Watch:
             behind = [r for r in others if peers[r].issued(key) < self._issued[key]]
             behind = [r for r in behind if not peers[r].said.get("waits")] or behind
             if behind:
-                raise self.announce(behind[0], f"has not come to {what} within {timeout:g} s")
+                first = self._first_of_chain(behind[0])
+                raise self.announce(
+                    first, f"has not come to {what if first in others else 'a collective'} within {timeout:g} s"
+                )
             raise self.announce(self.rank, f"{what} did not end within {timeout:g} s, though all ranks have come to it")
+
+    def _first_of_chain(self, rank: int) -> int:
+        """Whom a late rank waits for, if it waits, and that one in turn: of another group, perhaps."""
+        seen = {rank}
+        while self._peers[rank].said.get("waits"):
+            issued = self._peers[rank].said.get("issued", {})
+            late = (
+                r for key in issued for r in map(int, key.split(",")) if r in self._peers and self._is_behind(r, key, issued)
+            )
+            found = next(late, rank)
+            if found in seen:
+                break
+            seen.add(rank := found)
+        return rank
+
+    def _is_behind(self, rank: int, key: str, issued: Mapping[str, int]) -> bool:
+        return self._peers[rank].issued(key) < issued[key]
 
     @property
     def _deaf(self) -> bool:
