@@ -2,7 +2,8 @@
 
     python scripts/gpu_check.py results.json
 
-Bound: twice the error of the eager backend in the same dtype, plus 1e-6 (both against float64).
+Bound: twice the error of the eager backend in the same dtype, plus 1e-6 (both against float64). A draw above it is followed by
+15 others of the same problem, and the median of their ratios decides: PyTorch's own kernels pass it by luck of a draw.
 
 Shape suffixes: T tokens, K chosen experts, E experts, H hidden, I intermediate.
 """
@@ -17,9 +18,12 @@ import math
 import multiprocessing
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -88,6 +92,16 @@ def run(name, x, topk, tensors, gate_up, call):
     return registry.get(name).run(x, topk, ExpertWeights.of(tensors, gate_up), call)
 
 
+def judged(errors: Callable[[], tuple[float, float]]) -> tuple[bool, float, float]:
+    """Whether (error, of eager) of a draw is within the bound, or the median of 15 others; and both errors."""
+    err, plain = errors()
+    ok = err <= 2 * plain + 1e-6
+    if not ok and math.isfinite(err):
+        again = [errors() for _ in range(15)]
+        ok = statistics.median(e / max(p, 1e-12) for e, p in again) <= 2 and all(math.isfinite(e) for e, _ in again)
+    return ok, err, plain
+
+
 def forward(dtype: torch.dtype, gate_up: str) -> None:
     """Every backend and activation; few and many tokens; rows and sums; slots without an expert."""
     for name, act in ACTIVATIONS.items():
@@ -99,15 +113,19 @@ def forward(dtype: torch.dtype, gate_up: str) -> None:
                 variants += [ExpertsCall(activation=act, output="rows"), ExpertsCall(activation=act, input_weighting=True)]
                 variants += [ExpertsCall(activation=act, down_bias=False)]
             for call, transposed in itertools.product(variants, (False, True) if name == "silu" else (False,)):
-                case = layer(tokens, 3, 16, 264, 136, gate_up, dtype, bias=bias, transposed=transposed)
-                exact = run("eager", *widened(*case), gate_up, call)
-                plain = error(run("eager", *case, gate_up, call), exact)
+                draw = functools.partial(layer, tokens, 3, 16, 264, 136, gate_up, dtype, bias=bias, transposed=transposed)
+                plain = 0.0
                 for backend in ("grouped_mm", "triton"):
-                    err = error(run(backend, *case, gate_up, call), exact)
+
+                    def errors(backend: str = backend, call: ExpertsCall = call, draw: Callable[[], Any] = draw):
+                        case = draw()
+                        exact = run("eager", *widened(*case), gate_up, call)
+                        return tuple(error(run(name, *case, gate_up, call), exact) for name in (backend, "eager"))
+
+                    ok, err, plain = judged(errors)
                     note(
-                        "forward", err <= 2 * plain + 1e-6, backend=backend, dtype=str(dtype), gate_up=gate_up, activation=name,
-                        tokens=tokens, bias=bias,
-                        output=call.output, input_weighting=call.input_weighting, transposed=transposed,
+                        "forward", ok, backend=backend, dtype=str(dtype), gate_up=gate_up, activation=name, tokens=tokens,
+                        bias=bias, output=call.output, input_weighting=call.input_weighting, transposed=transposed,
                         error=err, eager=plain,
                     )  # fmt: skip
                 tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
@@ -118,7 +136,6 @@ def forward(dtype: torch.dtype, gate_up: str) -> None:
 
 def gradients(dtype: torch.dtype) -> None:
     for gate_up, tokens in itertools.product(("concat", "interleaved", "none"), (1, 50)):
-        x, topk, tensors = layer(tokens, 3, 16, 264, 136, gate_up, dtype)
         call = ExpertsCall(activation=ActivationSpec())
 
         def grads(name, x, topk, tensors, call=call, gate_up=gate_up):
@@ -129,14 +146,15 @@ def gradients(dtype: torch.dtype) -> None:
             (y * torch.linspace(-1, 1, y.shape[-1], device=DEVICE)).sum().backward()
             return {n: t.grad for n, t in leaves.items()}
 
-        exact = grads("eager", *widened(x, topk, tensors))
-        plain = grads("eager", x, topk, tensors)
-        got = grads("grouped_mm", x, topk, tensors)
-        for n, g in exact.items():
-            yardstick, err = error(plain[n], g), error(got[n], g)
-            limit = 2 * yardstick + 1e-6
+        def errors(n: str, tokens: int = tokens, gate_up: str = gate_up, grads: Callable[..., Any] = grads):
+            case = layer(tokens, 3, 16, 264, 136, gate_up, dtype)
+            exact = grads("eager", *widened(*case))[n]
+            return tuple(error(grads(name, *case)[n], exact) for name in ("grouped_mm", "eager"))
+
+        for n in ("x", "weights", "w13", "w2", "b13", "b2"):
+            ok, err, yardstick = judged(lambda n=n, errors=errors: errors(n))
             facts = dict(dtype=str(dtype), gate_up=gate_up, tokens=tokens, of=n, error=err, eager=yardstick)
-            note("gradient grouped_mm", err <= limit, **facts)
+            note("gradient grouped_mm", ok, **facts)
             note(
                 "gradient eager", yardstick <= {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype], **facts
             )

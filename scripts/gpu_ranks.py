@@ -134,7 +134,7 @@ class Rank:
                 bound.comm.log.clear()
                 bound.comm.counted.clear()
                 alone, y = one(x), many(x)
-                exact = reference(spec, LayerWeights.of(spec, {n: t.double() for n, t in whole.items()}), x)
+                exact = reference(spec, LayerWeights.of(spec, {n: t.double() for n, t in whole.items()}), x).to(x.device)
                 if options.output == "shard":
                     here = self.rank % (layout.ep * layout.tp)
                     alone, exact = (t.split(layout.token_counts(x.shape[0]))[here] for t in (alone, exact))

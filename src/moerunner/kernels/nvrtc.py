@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,8 +116,7 @@ def _loaded(device: torch.device, file: str, name: str, defines: tuple[str, ...]
 @functools.cache
 def bindings() -> tuple[Any, Any]:
     """(driver, nvrtc). Raises ImportError where cuda-bindings is not installed."""
-    from cuda.bindings import driver, nvrtc
-
+    driver, nvrtc = (importlib.import_module(f"cuda.bindings.{name}") for name in ("driver", "nvrtc"))
     return driver, nvrtc
 
 

@@ -12,6 +12,7 @@ Shape suffixes: S slots (token * K + k), R rows, E experts, N tiles, B blocks of
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -195,9 +196,7 @@ def _order_many(ids_TK: Tensor, slot_R: Tensor, tiles_4N: Tensor, slots: int, ex
     counts_BE = torch.empty(count, experts + 1, dtype=torch.int32, device=ids_TK.device)
     ids, counts, rows, map_4N = (ctypes.c_void_p(t.data_ptr()) for t in (ids_TK, counts_BE, slot_R, tiles_4N))
     numbers = [ctypes.c_int(n) for n in (slots, experts, tiles, block_m)]
-    where = dict(device=ids_TK.device, file="order.cu", defines=[f"ID={_C_TYPES[ids_TK.dtype]}"])
+    run = functools.partial(nvrtc.launch, device=ids_TK.device, file="order.cu", defines=[f"ID={_C_TYPES[ids_TK.dtype]}"])
     keys = 4 * (experts + 1)
-    nvrtc.launch("count_experts", count, 1024, ids, counts, *numbers[:2], shared=keys, **where)
-    nvrtc.launch(
-        "place_slots", count + 1, 1024, ids, counts, rows, map_4N, *numbers, shared=2 * keys + 128 + 16 * keys, **where
-    )
+    run("count_experts", count, 1024, ids, counts, *numbers[:2], shared=keys)
+    run("place_slots", count + 1, 1024, ids, counts, rows, map_4N, *numbers, shared=2 * keys + 128 + 16 * keys)
