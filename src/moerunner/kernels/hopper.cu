@@ -310,9 +310,9 @@ __device__ __forceinline__ void load(const TensorMap &w_map, const TensorMap &a_
                 u32 to = a + line * 128 + ((chunk ^ (line & 7)) << 4);
                 bool inside = k + chunk * 8 < args.depth;
                 for (int i = 0; i < ROWS / 16; ++i) {
-                    u32 bytes = inside && (live >> i & 1) ? 16 : 0;
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + i * 2048),
-                                 "l"(from + static_cast<u64>(token[i]) * 8), "r"(bytes)
+                    bool whole = inside && (live >> i & 1);  // else zeros, from an address that is one
+                    const u16 *at = whole ? from + static_cast<u64>(token[i]) * 8 : args.x;
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + i * 2048), "l"(at), "r"(whole ? 16 : 0)
                                  : "memory");
                 }
                 from += DEPTH;
