@@ -5,7 +5,8 @@
 Starts the ranks itself, on 4 GPUs or 2, whatever there are; `--device cpu` runs the same over gloo. Writes JSON with the
 environment; exits 1 if anything is wrong or missing. After `--seconds` whatever still runs is ended, and counts as missing.
 
-Bound of a layer: twice the error of one rank in the same dtype, plus 1e-6 (both against float64).
+Bound of a layer: twice the error of one rank in the same dtype, plus 1e-6 (both against float64). A draw above it is followed
+by 15 others of the tokens, and the median of their ratios decides.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platform
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -129,23 +131,38 @@ class Rank:
             whole = self.weights(spec, dtype, seed)
             one, many = MoERunner(spec, whole), MoERunner(spec, whole, bound, options)
             for counts in ([5] * self.world, [(seed + number + 7 * r) % 3 * 33 for r in range(self.world)]):
-                x = self.tokens(layout, counts, spec.hidden_size, dtype, seed)
-                many(x)
+
+                def errors(
+                    seed: int,
+                    runners: tuple[MoERunner, MoERunner] = (one, many),
+                    facts: tuple[Any, ...] = (layout, options, counts, spec, dtype),
+                    whole: dict[str, torch.Tensor] = whole,
+                ) -> tuple[float, float, int, bool]:
+                    (one, many), (layout, options, counts, spec, dtype) = runners, facts
+                    x = self.tokens(layout, counts, spec.hidden_size, dtype, seed)
+                    alone, y = one(x), many(x)
+                    exact = reference(spec, LayerWeights.of(spec, {n: t.double() for n, t in whole.items()}), x).to(x.device)
+                    if options.output == "shard":
+                        here = self.rank % (layout.ep * layout.tp)
+                        alone, exact = (t.split(layout.token_counts(x.shape[0]))[here] for t in (alone, exact))
+                    return error(y, exact), error(alone, exact), x.shape[0], y.shape == exact.shape
+
+                errors(seed)
                 bound.comm.log.clear()
                 bound.comm.counted.clear()
-                alone, y = one(x), many(x)
-                exact = reference(spec, LayerWeights.of(spec, {n: t.double() for n, t in whole.items()}), x).to(x.device)
-                if options.output == "shard":
-                    here = self.rank % (layout.ep * layout.tp)
-                    alone, exact = (t.split(layout.token_counts(x.shape[0]))[here] for t in (alone, exact))
-                mine, theirs = error(y, exact), error(alone, exact)
+                mine, theirs, tokens, right = errors(seed)
                 plan = next(v.plan for v in many._verbs.values() if v.plan.dtype == str(dtype).split(".")[1])
                 issued = tuple(bound.comm.log) == plan.collectives and tuple(bound.comm.counted) == plan.counts
                 shared = plan.step("shared")
                 facts = {"layout": describe(layout, options), "spec": name, "dtype": str(dtype).split(".")[1]}
-                facts |= {"tokens": x.shape[0], "error": mine, "one_rank": theirs, "collectives": len(plan.collectives)}
+                facts |= {"tokens": tokens, "error": mine, "one_rank": theirs, "collectives": len(plan.collectives)}
                 facts |= {"side": bool(shared and shared.side)}
-                self.note("layer", mine <= 2 * theirs + 1e-6 and issued and y.shape == exact.shape, **facts, issued=issued)
+                above = torch.tensor([float(mine > 2 * theirs + 1e-6)], device=self.device)
+                dist.all_reduce(above, op=dist.ReduceOp.MAX)
+                if above.item():  # every rank draws again, since all are needed
+                    again = [errors(seed + 1 + i)[:2] for i in range(15)]
+                    right &= statistics.median((m - 1e-6) / t if t else 0.0 for m, t in again) <= 2
+                self.note("layer", right and issued and math.isfinite(mine), **facts, issued=issued)
 
     @torch.no_grad()
     def model(self, folder: Path) -> None:
@@ -290,7 +307,7 @@ def work(options: argparse.Namespace) -> None:
     def model() -> None:
         rank.model(options.folder / f"model{options.world}")
 
-    for job in (rank.layers, model, rank.overlap, rank.graph):
+    for job in (rank.layers, model, rank.graph, rank.overlap):
         start = time.monotonic()
         try:
             job()
@@ -376,6 +393,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=95.0)
     parser.add_argument("--ranks", type=int, help="the largest world; default: the GPUs there are, at most 4")
+    parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2")
     for name, kind in (("rank", int), ("world", int), ("first", int), ("job", str), ("folder", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -388,6 +406,7 @@ def main() -> None:
     faults = [(f"fault-{kind}-2", 2, 2 if most >= 4 else 0) for kind in ("kill", "stop", "raise")]
     # Each wave's jobs run at once. Times are taken where no other job has the same GPUs.
     waves = [[("all-4", 4, 0)], [("all-2", 2, 0), *faults]] if most >= 4 else [[("all-2", 2, 0)], faults]
+    waves = [[job for job in wave if not options.jobs or job[0] in options.jobs] for wave in waves]
     found: list[dict[str, Any]] = []
 
     def environment() -> dict[str, Any]:
@@ -403,7 +422,7 @@ def main() -> None:
         }
 
     for number, wave in enumerate(waves):
-        end = start + options.seconds * (0.6 if number == 0 else 1)
+        end = start + options.seconds * (0.6 if number == 0 and all(waves) else 1)
         worlds = [World(*job, options.device, folder) for job in wave]
         while time.monotonic() < end:
             over = [w.over() for w in worlds]  # each is asked, every time
