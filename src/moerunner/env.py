@@ -81,4 +81,14 @@ def _cpu_model() -> str:
 
 def _gpu(index: int) -> dict[str, Any]:
     p = torch.cuda.get_device_properties(index)
-    return {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}"}
+    facts = {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}"}
+    return facts | {"no_hopper_kernel": _no_hopper_kernel(torch.device("cuda", index))}
+
+
+def _no_hopper_kernel(device: torch.device) -> str:
+    """Why many tokens go through the Triton tiles there, and not through the kernel in CUDA C++; nothing where they do not."""
+    try:
+        from moerunner.kernels import hopper
+    except ImportError:
+        return "Triton is not installed"
+    return hopper.why_not(device)

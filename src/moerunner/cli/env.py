@@ -21,6 +21,8 @@ def run(json: JsonOption = False, debug: DebugOption = False) -> Answer:
     )
     for gpu in facts["gpus"]:
         screen.say(f"gpu     {gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}")
+        if gpu["no_hopper_kernel"]:
+            screen.say(f"        many tokens go through Triton, not the Hopper kernel: {gpu['no_hopper_kernel']}")
     if not facts["gpus"]:
         screen.say(f"gpu     none (torch built for CUDA {facts['cuda']})" if facts["cuda"] else "gpu     none")
     screen.say()
