@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.parallel.nursery import Nursery
 
-from moerunner.parallel.watch import Peer, Watch
+from moerunner.parallel.peers import Peer, first_of_chain
 
 TIMEOUT = {"stop": 8.0, "sleep": 8.0}  # of the layout, seconds, where it has to pass
 LONG = 60.0  # of all others, which end before
@@ -116,12 +116,11 @@ def test_twenty_times(nursery, fault):
 
 def test_whoever_holds_up_the_others_is_named_though_it_is_in_another_group():
     """Rank 3 waits for rank 1, which waits for rank 0 in a group of those two."""
-    watch = object.__new__(Watch)
-    watch._peers = {rank: Peer() for rank in range(3)}
-    watch._peers[0].said = {"waits": False, "issued": {"0,1": 2, "0,2": 5}}
-    watch._peers[1].said = {"waits": True, "issued": {"0,1": 3, "1,3": 4}}
-    watch._peers[2].said = {"waits": True, "issued": {"0,2": 5, "2,3": 4}}
-    assert watch._first_of_chain(1) == 0
-    assert watch._first_of_chain(0) == 0
-    watch._peers[0].said |= {"waits": True, "issued": {"0,1": 3, "0,2": 5}}
-    assert watch._first_of_chain(1) == 1, "it waits for none that is behind"
+    peers = {rank: Peer() for rank in range(3)}
+    peers[0].said = {"waits": False, "issued": {"0,1": 2, "0,2": 5}}
+    peers[1].said = {"waits": True, "issued": {"0,1": 3, "1,3": 4}}
+    peers[2].said = {"waits": True, "issued": {"0,2": 5, "2,3": 4}}
+    assert first_of_chain(peers, 1) == 0
+    assert first_of_chain(peers, 0) == 0
+    peers[0].said |= {"waits": True, "issued": {"0,1": 3, "0,2": 5}}
+    assert first_of_chain(peers, 1) == 1, "it waits for none that is behind"

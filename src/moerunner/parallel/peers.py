@@ -48,6 +48,24 @@ class Peer:
         return "stopped" if facts[0] in "Tt" else ""
 
 
+def key_of(members: Sequence[int]) -> str:
+    """The name of a group of ranks."""
+    return ",".join(map(str, members))
+
+
+def first_of_chain(peers: Mapping[int, Peer], rank: int) -> int:
+    """Whom a late rank waits for, if it waits, and that one in turn: of another group, perhaps."""
+    seen = {rank}
+    while peers[rank].said.get("waits"):
+        issued = peers[rank].said.get("issued", {})
+        late = (r for key in issued for r in map(int, key.split(",")) if r in peers and peers[r].issued(key) < issued[key])
+        found = next(late, rank)
+        if found in seen:
+            break
+        seen.add(rank := found)
+    return rank
+
+
 def here() -> dict[str, Any]:
     """What tells this process from all others."""
     facts = _stat(os.getpid())

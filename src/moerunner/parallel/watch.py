@@ -24,7 +24,7 @@ from typing import Any
 
 from moerunner.errors import DistributedError
 from moerunner.parallel.interrupt import abort, interrupt
-from moerunner.parallel.peers import Peer, compare, here
+from moerunner.parallel.peers import Peer, compare, first_of_chain, here, key_of
 
 _BEAT = 0.5  # seconds between two signs of life, and between two looks at them
 _SILENT = 4 * _BEAT  # a lost connection and no sign of life for so long: that rank it is
@@ -98,7 +98,7 @@ class Watch:
     def come(self, members: Sequence[int]) -> None:
         """This rank has come to the next collective of these ranks."""
         self.check()
-        self._issued[_key(members)] += 1
+        self._issued[key_of(members)] += 1
         if self._gpu:
             self._gpu = (threading.get_ident(), self._gpu[1])
 
@@ -134,7 +134,7 @@ class Watch:
     def gather(self, text: str, members: Sequence[int], what: str, timeout: float) -> list[str]:
         """What each of the members passed, through the store; also where they could not agree on a collective."""
         self.come(members)
-        key, store = _key(members), self._store
+        key, store = key_of(members), self._store
         self._asked[key] += 1
         names = [f"said/{key}/{self._asked[key]}/{rank}" for rank in members]
         start, pause = time.monotonic(), 0.001
@@ -223,32 +223,15 @@ class Watch:
         if silent and not self._deaf:
             raise self.announce(silent[0], f"gives no sign of life; {what} {'lost it' if broken else 'waited for it'}")
         if late:
-            key = _key(members)
+            key = key_of(members)
             behind = [r for r in others if peers[r].issued(key) < self._issued[key]]
             behind = [r for r in behind if not peers[r].said.get("waits")] or behind
             if behind:
-                first = self._first_of_chain(behind[0])
+                first = first_of_chain(self._peers, behind[0])
                 raise self.announce(
                     first, f"has not come to {what if first in others else 'a collective'} within {timeout:g} s"
                 )
             raise self.announce(self.rank, f"{what} did not end within {timeout:g} s, though all ranks have come to it")
-
-    def _first_of_chain(self, rank: int) -> int:
-        """Whom a late rank waits for, if it waits, and that one in turn: of another group, perhaps."""
-        seen = {rank}
-        while self._peers[rank].said.get("waits"):
-            issued = self._peers[rank].said.get("issued", {})
-            late = (
-                r for key in issued for r in map(int, key.split(",")) if r in self._peers and self._is_behind(r, key, issued)
-            )
-            found = next(late, rank)
-            if found in seen:
-                break
-            seen.add(rank := found)
-        return rank
-
-    def _is_behind(self, rank: int, key: str, issued: Mapping[str, int]) -> bool:
-        return self._peers[rank].issued(key) < issued[key]
 
     @property
     def _deaf(self) -> bool:
@@ -410,10 +393,6 @@ class _Answer(threading.Event):
     """Set when the store has answered, with the value."""
 
     value: Any = None
-
-
-def _key(members: Sequence[int]) -> str:
-    return ",".join(map(str, members))
 
 
 def _line(error: BaseException) -> str:

@@ -38,8 +38,8 @@ PATHS: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Per machine the paths from slow to fast, with the flags that each needs."""
 
 _FUSED = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
-"""GCC's tunings for some processors, from 13 on for any, split products from long sums, in some loops and not in others: a token's
-bits would then depend on how many come with it."""
+"""GCC's tunings for some processors, from 13 on for any, split products from long sums, in some loops and not in others: a
+token's bits would then depend on how many come with it."""
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", *_FUSED, "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
 
