@@ -65,6 +65,7 @@ def test_compiles_for_hopper_and_keeps_the_sums_in_registers(cache, name, rows):
 def test_the_order_compiles(cache, arch):
     assert nvrtc.compiled("order.cu", arch, ["ID=int"]) == nvrtc.compiled("order.cu", arch, ["ID=int"])
     assert len(list(cache.iterdir())) == 1, "the second came from the cache"
+    assert nvrtc.compiled("order.cu", arch, ["ID=long long"]) != nvrtc.compiled("order.cu", arch, ["ID=int"])
 
 
 def test_what_the_compiler_says_is_passed_on(cache):
