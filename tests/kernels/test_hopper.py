@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -73,6 +75,22 @@ def test_what_the_compiler_says_is_passed_on(cache):
         nvrtc.compiled("hopper.cu", "sm_90a", ["UP=1"])
     assert len(str(raised.value)) < 3000
     assert not cache.exists()
+
+
+def test_why_nothing_runs_here_is_said(monkeypatch):
+    """As if there were a GPU, without a driver and then without the package."""
+    _bindings()
+    nvrtc.why_not.cache_clear()
+    monkeypatch.setattr(nvrtc, "INTERPRETING", False)
+    monkeypatch.setattr(nvrtc, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    if not torch.cuda.is_available():
+        assert nvrtc.why_not(torch.device("cuda", 0)).startswith("kernels in CUDA C++ cannot be compiled or loaded: ")
+    monkeypatch.setattr(nvrtc, "bindings", lambda: importlib.import_module("cuda_that_is_not_there"))
+    for cached in (nvrtc.why_not, nvrtc._loaded):
+        cached.cache_clear()
+    assert "pip install cuda-bindings" in nvrtc.why_not(torch.device("cuda", 0))
+    nvrtc.why_not.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):

@@ -28,11 +28,14 @@ def why_not(device: torch.device) -> str:
     if INTERPRETING or torch.version.hip is not None or device.type != "cuda":
         return "it runs on NVIDIA GPUs only"
     try:
-        bindings()
+        with current(device):  # a small kernel tells whether this compiler and this driver go together
+            _loaded(device, "order.cu", "count_experts", ("ID=int",), 0)
     except ImportError as error:
         return (
             f"the package cuda-bindings is missing ({error}); PyTorch's CUDA builds bring it, else: pip install cuda-bindings"
         )
+    except RuntimeError as error:
+        return f"kernels in CUDA C++ cannot be compiled or loaded: {error}"
     return ""
 
 

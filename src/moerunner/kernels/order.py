@@ -176,7 +176,7 @@ def order_slots(ids_TK: Tensor, experts: int, block_m: int) -> Tiled:
             _order_few, (1 + blocks(slots, 8),), ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m, ep, 8, 512,
             device=device, warps=8, first=True,
         )  # fmt: skip
-    elif experts < 1024 and not nvrtc.why_not(device):
+    elif experts < 1024 and ids_TK.dtype in _C_TYPES and not nvrtc.why_not(device):
         _order_many(ids_TK, slot_R, tiles_4N, slots, experts, tiles, block_m)
     else:
         block = 512 if slots <= 131072 else 2048
