@@ -20,7 +20,7 @@ from moerunner.experts.base import ExpertsCall
 from moerunner.experts.functional import check_ids
 from moerunner.experts.registry import get
 from moerunner.ops.activation import rms_norm
-from moerunner.ops.precision import Product, linear, linear_by_blocks, wide
+from moerunner.ops.precision import Product, linear, linear_by_blocks, linear_in_native_code, wide
 from moerunner.ops.route import gate_logits, route
 from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.comm import Comm
@@ -77,7 +77,8 @@ class Verbs:
         self._shared = None
         if shared is not None and self.spec.shared is not None:
             first = all(comm.coordinates[a] == 0 for a in shared.axes)
-            self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=self._product)
+            product = linear_in_native_code if shared.few[0] else self._product
+            self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=product)
         self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()
         self._zero_factor = None
         if zero is not None:

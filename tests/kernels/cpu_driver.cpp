@@ -189,10 +189,10 @@ static bool routes(int number) {
 static bool linear_layer(int number) {
     LinearCall c = {};
     const int dtypes[] = {FLOAT32, BFLOAT16, FLOAT16};
-    c.dtype = dtypes[pick_number(0, 2)], c.threads = pick_number(1, 3);
+    c.dtype = dtypes[pick_number(0, 2)], c.x_dtype = coin() ? c.dtype : FLOAT32, c.threads = pick_number(1, 3);
     c.tokens = pick_number(1, 64), c.width = coin() ? pick_number(1, 70) : pick_number(71, 1100), c.outputs = pick_number(1, 130);
     c.x_row = c.width + pick_number(0, 3), c.w_row = c.width + pick_number(0, 3);
-    Numbers x((c.tokens - 1) * c.x_row + c.width, (int)c.dtype, 1), w((c.outputs - 1) * c.w_row + c.width, (int)c.dtype, 1);
+    Numbers x((c.tokens - 1) * c.x_row + c.width, (int)c.x_dtype, 1), w((c.outputs - 1) * c.w_row + c.width, (int)c.dtype, 1);
     Numbers bias(c.outputs, (int)c.dtype, 1), out(c.tokens * c.outputs, FLOAT32, NAN);
     c.x = x.at, c.w = w.at, c.bias = coin() ? bias.at : nullptr, c.out = (float*)out.at;
     if (moerunner_linear(&c)) return false;

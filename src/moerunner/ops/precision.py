@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moerunner.kernels.cpu.linear import AT_ONCE, HALF, cpu_product
+
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], weight [out, in], bias [out] or None -> [T, out]."""
 
@@ -24,6 +26,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_in_native_code(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` on a CPU that leaves float32 sums of up to 64 tokens as they are; one token in bfloat16 is PyTorch's.
+
+    x: float32, or the dtype of the weights.
+    """
+    plain = weight.dtype not in HALF or weight.stride(1) != 1 or x.dtype not in (weight.dtype, torch.float32)
+    other = bias is not None and bias.dtype != weight.dtype
+    if plain or other or not 0 < len(x) <= AT_ONCE or (len(x) == 1 and x.dtype == torch.bfloat16):
+        return linear(x, weight, bias)
+    return cpu_product(x, weight, bias)
 
 
 def linear_by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts.base import Request
 from moerunner.experts.registry import Chosen, choose
 from moerunner.kernels.cpu import library
+from moerunner.kernels.cpu.linear import AT_ONCE, worthwhile
 from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
@@ -166,11 +167,14 @@ class _Builder:
         side, against = (_ANY if pair.overlaps else _FEW_SIDE_TOKENS), self._against_side_stream()
         if not against:
             held += "; on a side stream" + ("" if pair.overlaps else f" beside the routed experts up to {side} tokens")
+        half = self.device == "cpu" and self.dtype in ("bfloat16", "float16")
+        native = half and worthwhile() and not (self.options.grad or self.options.batch_invariant)
         self.add(
             "shared",
             value="shared",
             reads="tokens",
             axes=axes,
+            few=(AT_ONCE, "products in native code") if native else (0, ""),
             overlaps=pair.overlaps,
             reason=held,
             side=0 if against else side,

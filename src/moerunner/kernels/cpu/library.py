@@ -67,7 +67,7 @@ class LinearCall(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w bias out".split()),
-        *((name, ctypes.c_int64) for name in "tokens width outputs x_row w_row dtype threads".split()),
+        *((name, ctypes.c_int64) for name in "tokens width outputs x_row w_row x_dtype dtype threads".split()),
         ("fork", ctypes.c_void_p),
     ]
 

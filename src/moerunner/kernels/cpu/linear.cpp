@@ -3,13 +3,13 @@
 #include "dots.h"
 #include "pool.h"
 
-// Strides in elements; rows of the bias and of the output are contiguous. All in one dtype, float32, bfloat16 or float16.
+// Strides in elements; rows of the bias and of the output are contiguous. dtype: float32, bfloat16 or float16, of all but the tokens.
 struct LinearCall {
     const void* x;     // [tokens][width]
     const void* w;     // [outputs][width]
     const void* bias;  // [outputs], null: none
     float* out;        // [tokens][outputs]
-    int64_t tokens, width, outputs, x_row, w_row, dtype;
+    int64_t tokens, width, outputs, x_row, w_row, x_dtype, dtype;
     int64_t threads;
     Fork fork;  // starts threads; null: own ones
 };
@@ -54,7 +54,7 @@ class Linear {
         vf* own = acc + acc_size() * joined.fetch_add(1);
         arrange.each([&](long t, long) {
             x_rows[t] = x + t * pitch;
-            arrange_row<K>(x + t * pitch, (const char*)c.x + t * c.x_row * size_of(c.dtype), c.dtype, c.width);
+            arrange_row<K>(x + t * pitch, (const char*)c.x + t * c.x_row * size_of(c.x_dtype), c.x_dtype, c.width);
         });
         product.each([&](long task, long next) {
             const long first = task * MAX_ROWS, n = least(MAX_ROWS, c.outputs - first), size = sizeof(elem);

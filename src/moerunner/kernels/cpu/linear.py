@@ -1,4 +1,8 @@
-"""Products with a matrix whose weights are read once, in native code: a linear layer for few tokens."""
+"""Products with a matrix whose weights are read once, in native code: a linear layer for few tokens.
+
+On a processor without instructions for half precision PyTorch's products of two tokens and more in it take several times as
+long as reading the weights; float16 ones, for fear of large sums, go through a copy of the weights in float32.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,28 @@ from moerunner.kernels.cpu import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 AT_ONCE = 64  # tokens of a call, whose sums stay in the second cache
+PATHS = ("avx2",)  # where it was measured beside PyTorch's
+HALF = (torch.bfloat16, torch.float16)
+
+_ops = torch.library.Library("moerunner", "FRAGMENT")
+_ops.define("cpu_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def worthwhile() -> bool:
+    """Whether weights in half precision are multiplied faster here than by PyTorch, for two tokens and more."""
+    return library.chosen()[0] in PATHS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, path: str = "") -> Tensor:
-    """x weight^T + bias, summed in float32 and rounded once, [..., N] in x's dtype.
+    """`product`, rounded once to x's dtype."""
+    return product(x, weight, bias, path=path).to(x.dtype)
 
-    x: [..., K]. weight: [N, K], bias: [N], both in x's dtype, one of `DTYPES`. path: of the native code; that of this machine.
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, path: str = "") -> Tensor:
+    """x weight^T + bias, [..., N] in float32.
+
+    x: [..., K], float32 or weight's dtype. weight: [N, K], bias: [N], both in one of `DTYPES`. path: of the native code; by
+    default that of this machine.
 
     Raises:
         MemoryError: for the rows that it works on.
@@ -29,9 +49,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, path: str =
     for x_tK, out_tN in zip(x_TK.split(AT_ONCE), out.split(AT_ONCE), strict=True) if out.numel() else ():
         call = library.LinearCall(
             x_tK.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out_tN.data_ptr(),
-            *x_tK.shape, weight.shape[0], x_tK.stride(0), weight.stride(0), DTYPES[x.dtype],
+            *x_tK.shape, weight.shape[0], x_tK.stride(0), weight.stride(0), DTYPES[x.dtype], DTYPES[weight.dtype],
             torch.get_num_threads(), library.torch_threads(),
         )  # fmt: skip
         if library.load(path or library.chosen()[0]).moerunner_linear(ctypes.byref(call)):
             raise MemoryError("no memory for the rows of a linear layer")
-    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.impl(_ops, "cpu_product", "CPU")
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, weight, bias)
+
+
+@torch.library.register_fake("moerunner::cpu_product")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+cpu_product = torch.ops.moerunner.cpu_product.default

@@ -1,7 +1,6 @@
 """A Transformers model's linear layers on a CPU while text is generated, where PyTorch has no fast product of its own.
 
-On a processor without instructions for half precision PyTorch's products of two tokens and more in it take several times as
-long as reading the weights. Sums are in float32 there too, and rounded once.
+Sums are in float32 there too, and rounded once. Why: `kernels/cpu/linear.py`.
 """
 
 from __future__ import annotations
@@ -9,28 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moerunner.kernels.cpu import library
-from moerunner.kernels.cpu.linear import linear
+from moerunner.kernels.cpu.linear import HALF, linear, worthwhile
 from moerunner.models.block import PLAIN
 from moerunner.models.decoding.modules import plain, replaced
-
-_PATHS = ("avx2",)  # where it was measured
 
 
 def in_native_code(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, linear layers in bfloat16 and float16 are native code for two tokens and more. Without it nothing changes."""
-    return replaced(_linears(model) if library.chosen()[0] in _PATHS else ())
+    return replaced(_linears(model) if worthwhile() else ())
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     for module in plain(model):
         if type(module) is not nn.Linear or not all(type(held) in PLAIN for held in module.parameters()):
             continue
-        if module.weight.device.type == "cpu" and module.weight.dtype in (torch.bfloat16, torch.float16):
+        if module.weight.device.type == "cpu" and module.weight.dtype in HALF:
             yield module, _forward(module)
 
 
