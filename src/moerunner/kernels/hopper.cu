@@ -1,13 +1,14 @@
 // The two products of the experts on Hopper: h[r] = act(x[token of r] w13[e]^T + b13[e]) where UP, else
 // y[slot of r] = (h[r] w2[e]^T + b2[e]) * weight, over rows in expert order (see order.py).
 //
-// Clusters of two blocks stay on their multiprocessors and take tiles of 128 rows by 256 weight rows a block. Where an expert
-// has more than 192 rows left, both blocks take the same weight rows, each loads half of them and multicasts it to both: the
-// L2, which bounds these products, then gives a third less. Fewer rows: both blocks take the same rows and other weight rows.
-// Within a block one warp group loads through a ring of shared memory, two multiply 64 rows each (wgmma, m64n256k16).
+// Clusters of two blocks stay on their multiprocessors and take tiles in turn, by a counter. A block's tile has 64 * PARTS rows
+// and COLUMNS weight rows. Where an expert has more rows left than one tile holds, both blocks take the same weight rows, each
+// loads half of them and multicasts it to both; else both take the same rows, and weight rows next to each other. Within a
+// block one warp group loads through a ring of shared memory, PARTS multiply 64 rows each (wgmma).
 //
-// Compiled by hopper.py with UP, WEIGHTED, GATED, BIAS, HALF (0: bfloat16, 1: float16) and those of the activation: KIND (index
-// into activation.KINDS), LIMITED, CLAMP_AFTER, GATE_CAPPED, UP_CAPPED.
+// Compiled by hopper.py with PARTS and COLUMNS (2 and 256, or 3 and 192), UP, WEIGHTED, GATED, BIAS, COPIED (x has rows in expert
+// order), HALF (0: bfloat16, 1: float16) and those of the activation: KIND (index into activation.KINDS), LIMITED, CLAMP_AFTER,
+// GATE_CAPPED, UP_CAPPED.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -18,13 +19,13 @@ struct alignas(64) TensorMap {
 };
 
 struct Args {  // as in hopper.py
-    const u16 *x;          // [T, H], UP only
+    const u16 *x;          // [T, H], GATHER only
     const u16 *bias;       // of the weight rows, BIAS only
     const float *weights;  // of the slots, WEIGHTED only
     const int *slots;      // of the rows
-    const int *tiles;      // four of each tile of 256 rows: expert, the expert's first tile, first row, end row
+    const int *tiles;      // four of each 2 * ROWS rows: expert, the expert's first such tile, first row, end row
     int *totals;           // tiles in all
-    int *turn;             // tiles taken so far, 0 at the start
+    int *turn;             // turns taken so far, 0 at the start
     u16 *out;
     u64 stride_bias_expert, stride_bias, stride_bias_half;
     u32 stride_x_8;  // units of 16 bytes
