@@ -387,13 +387,36 @@ class World:
         return facts | {"hung": hung}
 
 
+def command_line(world: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """`torchrun -m moerunner` of the shipped model: the verbs that run on several ranks, and what one rank says."""
+    path = Path(moerunner.__file__).parent / "assets" / "demo"
+    prompt = ["import os", "--max-new-tokens", "12"]
+    runs = {"verify": ["--ep", str(world)], "generate": [*prompt, "--tp", str(world)], "generate alone": prompt}
+    said: dict[str, Any] = {}
+    for name, more in runs.items():
+        verb, alone = name.split()[0], name.endswith("alone")
+        torchrun = [] if alone else ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
+        command = [sys.executable, "-m", *torchrun, "moerunner", verb, str(path), *more, "--dtype", "float32", "--json"]
+        began = time.monotonic()
+        facts: dict[str, Any] = {"job": f"cli-{world}", "check": f"cli {name}", "world": world}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+            said[name] = json.loads(done.stdout) if done.returncode == 0 else None  # one object: one rank prints
+            ok, words = said[name] is not None, done.stderr[-1500:]
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            ok, words = False, str(error)[-1500:]
+        if name == "generate alone" and ok and said.get("generate"):
+            ok = said[name]["texts"] == said["generate"]["texts"]
+        yield facts | {"ok": ok, "seconds": round(time.monotonic() - began, 1)} | ({} if ok else {"words": words})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path(os.environ.get("OUT", ".")) / "gpu_ranks.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=95.0)
     parser.add_argument("--ranks", type=int, help="the largest world; default: the GPUs there are, at most 4")
-    parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2")
+    parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2,cli-2")
     for name, kind in (("rank", int), ("world", int), ("first", int), ("job", str), ("folder", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -433,13 +456,16 @@ def main() -> None:
         for world, left in zip(worlds, hung, strict=True):
             found += [*world.results(), world.judge(left)]
         options.out.write_text(json.dumps({"environment": environment(), "results": found}, indent=1) + "\n")
+    if not options.jobs or "cli-2" in options.jobs:
+        found += command_line(2, max(20.0, start + options.seconds - time.monotonic()))
+        options.out.write_text(json.dumps({"environment": environment(), "results": found}, indent=1) + "\n")
     wrong = [f for f in found if not f["ok"]]
     for one in wrong[:40]:
         print(json.dumps(one), flush=True)
     for one in found:
         if (
             one["check"] == "processes"
-            or one["check"].startswith("fault")
+            or one["check"].startswith(("fault", "cli"))
             or (one["check"] in ("overlap", "time") and one["rank"] == 0)
         ):
             print({k: v for k, v in one.items() if k != "words"}, flush=True)
