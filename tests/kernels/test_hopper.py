@@ -105,7 +105,9 @@ def test_it_is_chosen_for_many_rows_where_it_runs_and_only_there():
     for tokens, many in ((1, False), (512, False), (2560, Specialised(192)), (8192, Specialised(128))):
         facts = dict(top_k=8, experts=128, hidden=2048, inter=768)
         chosen = tiles.choose(tokens, **facts, itemsize=2, specialised=True)
-        assert chosen == (many or tiles.choose(tokens, **facts, itemsize=2))
+        without = tiles.choose(tokens, **facts, itemsize=2)
+        assert chosen == (many or without)
+        assert not isinstance(without, Specialised)
     assert tiles.choose(8192, 2, 8, 4096, 14336, itemsize=2, specialised=True) == Specialised(128, copied=True)
     assert not isinstance(tiles.choose(8192, 8, 128, 2048, 768, itemsize=4, specialised=True), Specialised)
 
