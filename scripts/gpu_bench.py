@@ -26,13 +26,14 @@ from moerunner.bench.experts import draw_inputs, make_weights
 from moerunner.bench.shapes import GPU_SHAPES, SHAPES, Peaks, floor_seconds
 from moerunner.bench.tune import Tuned, run_with, tune
 from moerunner.env import collect
-from moerunner.kernels import tables, tiles
+from moerunner.kernels import hopper, tables, tiles
 
 TOKENS = [1, 2048, 8192, 512, 8, 32, 128]  # what matters most first
 
 
 def candidates(shape, count: int, itemsize: int) -> list[tiles.Tiles]:
-    start = tiles.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=itemsize, specialised=True)
+    able = not hopper.why_not(torch.device("cuda"))
+    start = tiles.choose(count, shape.top_k, shape.experts, shape.hidden, shape.inter, itemsize=itemsize, specialised=able)
     found = [start, *tiles.neighbours(start)]
     parts = [other for base in found for _, others in tiles.alternatives(base) for other in others]
     return [*found, *parts, *tiles.specialised(start)]

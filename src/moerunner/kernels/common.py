@@ -77,6 +77,14 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moerunner" / kind
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts a file in its place in one step, so that no other process reads a part of it. Raises OSError where it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
 def blocks(count: int, size: int) -> int:
     """How many blocks of this size hold so many."""
     return -(-count // size)

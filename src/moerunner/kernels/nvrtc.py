@@ -6,18 +6,18 @@ something in Triton that serves where `why_not` gives a reason.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moerunner.kernels.common import INTERPRETING, cache_folder, current
+from moerunner.kernels.common import INTERPRETING, cache_folder, current, write_whole
 
 _FOLDER = Path(__file__).parent
 
@@ -77,13 +77,8 @@ def compiled(file: str, arch: str, defines: Sequence[str]) -> bytes:
         return kept.read_bytes()
     except OSError:
         code = _compile(file, source, options)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        draft.write_bytes(code)
-        draft.replace(kept)
-    except OSError:
-        pass  # the next process compiles it again, where the cache cannot be written
+    with contextlib.suppress(OSError):  # the next process compiles it again, where the cache cannot be written
+        write_whole(kept, code)
     return code
 
 

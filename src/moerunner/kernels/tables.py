@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import triton
 
 from moerunner.kernels import hopper
 from moerunner.kernels import tiles as tile_choice
-from moerunner.kernels.common import INTERPRETING, cache_folder
+from moerunner.kernels.common import INTERPRETING, cache_folder, write_whole
 from moerunner.kernels.tiles import Tiles
 
 _DRIVER = Path("/sys/module/nvidia/version")
@@ -80,10 +79,7 @@ def write(path: Path, made_on: dict[str, Any], shapes: dict[str, dict[int, dict[
     kept: dict[str, Any] = {}
     if read(path):
         kept = json.loads(path.read_text())["shapes"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({"made_on": made_on, "shapes": kept | shapes}, indent=1) + "\n")
-    draft.replace(path)
+    write_whole(path, (json.dumps({"made_on": made_on, "shapes": kept | shapes}, indent=1) + "\n").encode())
     _measured.cache_clear()
 
 

@@ -1,4 +1,4 @@
-// Products of a few tokens with a matrix that is read once, out = x w^T + bias: in float32, rounded to x's dtype at the end.
+// Products of a few tokens with a matrix that is read once, out = x w^T + bias, in float32.
 
 #include "dots.h"
 #include "pool.h"
