@@ -178,7 +178,7 @@ class Rank:
         expected, text = whole(ids).logits, self.greedy(whole, ids)
         for layout in [Layout(ep=self.world), Layout(tp=self.world), *([Layout(ep=2, tp=2)] if self.world == 4 else [])]:
             bound = layout.bind()
-            model = moerunner.load(folder, device=self.device, layout=bound)
+            model = moerunner.load(folder, device=self.device.type, layout=bound)
             far, same = error(model(ids).logits, expected.double()), torch.equal(self.greedy(model, ids), text)
             blocks = len(model.moerunner_report.replaced)
             bound.comm.log.clear()
@@ -402,7 +402,7 @@ def command_line(world: int, seconds: float) -> Iterator[dict[str, Any]]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
             said[name] = json.loads(done.stdout) if done.returncode == 0 else None  # one object: one rank prints
-            ok, words = said[name] is not None, done.stderr[-1500:]
+            ok, words = said[name] is not None, done.stderr[:1500] + " ... " + done.stderr[-1500:]
         except (subprocess.TimeoutExpired, ValueError) as error:
             ok, words = False, str(error)[-1500:]
         if name == "generate alone" and ok and said.get("generate"):

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from moerunner.kernels.common import INTERPRETING, cache_folder, current, write_whole
 
 _FOLDER = Path(__file__).parent
+_thread = threading.local()
 
 
 @functools.cache
@@ -29,6 +31,7 @@ def why_not(device: torch.device) -> str:
         return "it runs on NVIDIA GPUs only"
     try:
         with current(device):  # a small kernel tells whether this compiler and this driver go together
+            _enter(device)
             _loaded(device, "order.cu", "count_experts", ("ID=int",), 0)
     except ImportError as error:
         return (
@@ -57,6 +60,7 @@ def launch(
     addresses = [ctypes.addressof(a) if isinstance(a, ctypes.Structure | ctypes._SimpleCData) else a.getPtr() for a in args]
     pointers = (ctypes.c_void_p * len(args))(*addresses)
     with current(device):
+        _enter(device)
         kernel = _loaded(device, file, name, tuple(defines), shared)
         stream = torch.cuda.current_stream(device).cuda_stream
         checked(
@@ -97,6 +101,18 @@ def _compile(file: str, source: bytes, options: list[str]) -> bytes:
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _enter(device: torch.device) -> None:
+    """Gives this thread the context that PyTorch uses on the device, which is the current one; a new thread has none."""
+    if getattr(_thread, "entered", False):
+        return
+    driver, _ = bindings()
+    if not int(checked(driver.cuCtxGetCurrent(), "tell the context")):
+        torch.cuda.init()
+        index = torch.cuda.current_device()
+        checked(driver.cuCtxSetCurrent(checked(driver.cuDevicePrimaryCtxRetain(index), "give the context")), "set the context")
+    _thread.entered = True
 
 
 @functools.cache

@@ -195,8 +195,8 @@ def _stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored
 
 def _device(given: str | torch.device | None) -> torch.device:
     try:
-        device = torch.device(given if given is not None else "cpu")
-        torch.empty(1, device=device)
+        # With its index: in a thread that reads, "cuda" would be the first GPU and not the one that the caller has chosen.
+        device = torch.empty(1, device=given if given is not None else "cpu").device
     except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name, and a torch built without that device
         raise UnsupportedError(f"torch has no device {given!r} here", where="device") from error
     if device.type == "meta":

@@ -53,6 +53,8 @@ def layer_class() -> type:
 
     class OneLaunchLayer(StaticLayer):
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            # Made where it belongs: Transformers would copy it there, for which the host waits for all that the GPU still does.
+            self.cumulative_length = torch.zeros_like(self.cumulative_length, device=key_states.device)
             super().lazy_initialization(key_states, value_states)
             self.done = torch.zeros((), dtype=torch.int32, device=self.device)
 
