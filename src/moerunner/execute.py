@@ -67,7 +67,7 @@ class Verbs:
         self._call = ExpertsCall(
             activation=self.spec.experts.activation,
             input_weighting=on_input,
-            output="summed" if self._experts_step.sums else "rows",
+            output="final" if self._experts_step.rounds else "summed" if self._experts_step.sums else "rows",
             down_bias=comm.coordinates["tp"] == 0 or grad,
             scale=self.spec.routed_scaling_factor if self._experts_step.scales else 1.0,
             batch_invariant=plan.options.batch_invariant,
@@ -267,7 +267,8 @@ class Verbs:
         """Weighted, summed and back on the token's rank, as far as the experts and the pair have not done so."""
         step = self._combine_step
         y, travels = self._before_combine(y, w), getattr(torch, step.dtype or "float32")
-        return wide(self._pair.combine(y, trip, self._comm, weigh=step.weighs, dtype=travels))
+        y = self._pair.combine(y, trip, self._comm, weigh=step.weighs, dtype=travels)
+        return y if self._experts_step.rounds else wide(y)
 
     def join(self, routed: Tensor, shared: Tensor | None, zero: Tensor | None, w: LayerWeights) -> Tensor:
         """Routed, shared and zero experts, summed or averaged, and the output bias once."""

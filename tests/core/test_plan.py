@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.faults.helpers import toy_backend
 from tests.support.numerics import relative_error
 
 from moerunner import (
@@ -27,6 +28,7 @@ from moerunner import (
     TransformSpec,
 )
 from moerunner.execute import Verbs
+from moerunner.experts import eager
 from moerunner.ops.reference import reference
 from moerunner.parallel.comm import simulate
 from moerunner.parallel.layout import BoundLayout
@@ -83,10 +85,10 @@ PAD = 3  # experts' weights are stored this much wider, so that pads and trims a
 
 def weights_of(spec: MoESpec, pad: int) -> LayerWeights:
     tensors = {n: torch.randn(shape) * 0.4 for n, shape in spec.weight_shapes().items()}
-    tensors["w13"] = torch.nn.functional.pad(tensors["w13"], (0, pad))
-    tensors["w2"] = torch.nn.functional.pad(tensors["w2"], (0, 0, 0, pad))
-    if "row_norm" in tensors:
-        tensors["row_norm"] = torch.nn.functional.pad(tensors["row_norm"], (0, pad))
+    for name, tensor in tensors.items():
+        kind = name.split(".")[0]  # modality sets have a number behind it
+        if kind in ("w13", "w2", "row_norm"):
+            tensors[name] = torch.nn.functional.pad(tensor, (0, 0, 0, pad) if kind == "w2" else (0, pad))
     return LayerWeights.of(spec, tensors)
 
 
@@ -175,7 +177,9 @@ def foreign(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[str, tupl
 def altered(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[str, tuple[Step, ...]]]:
     """One field of one step another: what it says of itself, its axes, its value, its place."""
     for i, step in enumerate(steps):
-        changes: list[dict[str, Any]] = [{f: not getattr(step, f)} for f in ("linear", "scales", "weighs", "sums", "scatter")]
+        changes: list[dict[str, Any]] = [
+            {f: not getattr(step, f)} for f in ("linear", "scales", "weighs", "sums", "rounds", "scatter")
+        ]
         for name in ("axes", "gathers"):
             now = getattr(step, name)
             changes += [{name: tuple(b for b in AXES if (b in now) != (b == a))} for a in layout.split_axes]
@@ -275,6 +279,58 @@ def test_an_inserted_step_names_the_one_it_contradicts(
     named = plan.step(first)
     assert caught.value.first == (first if named is None else named.name)
     assert caught.value.second.startswith(step.verb)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "what"),
+    [
+        ({}, "one", "scales"),
+        ({"shared": SHARED}, "one", "adds to"),
+        ({"zero_experts": 2}, "one", "adds to"),
+        ({"output_bias": True}, "one", "adds a bias to"),
+        ({}, "tp2", "reduces"),
+        ({"output_transform": NORM}, "one", "transforms"),
+        ({"final_transform": NORM}, "one", "transforms"),
+        ({"experts": ROWS}, "one", "has not been summed"),
+        ({"routing": dataclasses.replace(spec_of().routing, modalities=2)}, "one", "each set of experts has rounded"),
+    ],
+)
+def test_what_a_kernel_has_rounded_is_not_computed_with(changes: dict[str, Any], layout: str, what: str) -> None:
+    factor = {} if what == "scales" else {"routed_scaling_factor": 1.0}
+    plan = plan_of(spec_of(**factor, **changes), LAYOUTS[layout])
+    steps = tuple(dataclasses.replace(s, rounds=True) if s.verb == "experts" else s for s in plan.steps)
+    with pytest.raises(PlanError, match=what) as caught:
+        dataclasses.replace(plan, steps=steps)
+    assert caught.value.first == f"experts ({plan.backend})" or what == "has not been summed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("changes", "pad", "last"),
+    [({}, 0, True), ({}, PAD, True), ({"shared": SHARED}, 0, False), ({"output_bias": True}, 0, False), ({}, "tp2", False)],
+)
+def test_a_kernel_that_can_rounds_where_its_sum_is_the_output(changes, pad, last, dtype) -> None:
+    """One rounding in either case; asked of the kernel it spares a launch."""
+    spec, asked = spec_of(routed_scaling_factor=1.0, **changes), []
+    layout, pad = (LAYOUTS[pad], 0) if isinstance(pad, str) else (Layout(), pad)
+    weights = weights_of(spec, pad).map(lambda _, t: t.to(dtype) if t.is_floating_point() else t)
+    x = torch.randn(5, WIDTH, dtype=dtype)
+
+    def run(x, topk, weights, call):
+        asked.append(call.output)
+        y = eager.run(x, topk, weights, dataclasses.replace(call, output="summed"))
+        return y.to(x.dtype) if call.output == "final" else y
+
+    def on_a_rank(bound: BoundLayout, options: Options) -> torch.Tensor:
+        with torch.no_grad():
+            return MoERunner(spec, weights, bound, options)(x)
+
+    plain = simulate(layout, lambda bound: on_a_rank(bound, Options(backend="eager")))
+    with toy_backend(run, rounds=True) as options:
+        found = simulate(layout, lambda bound: on_a_rank(bound, options))
+    half = dtype != torch.float32
+    assert set(asked) == {"final" if last and half else "summed"}
+    assert all(torch.equal(y, other) for y, other in zip(found, plain, strict=True))
 
 
 def test_what_is_not_linear_waits_for_the_reduction() -> None:

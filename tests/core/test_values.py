@@ -46,6 +46,8 @@ def done(**changes) -> ValueState:
         (lambda s: s.weigh("w"), state(), state(weighted=True)),
         (lambda s: s.sum_slots("s"), state(weighted=True), state(weighted=True, summed=True)),
         (lambda s: s.scale("x"), state(), state(scaled=True)),
+        (lambda s: s.round("r"), done(), done(rounded=True)),
+        (lambda s: s.trim("t", 8), done(padded_to=11, rounded=True), done(rounded=True)),
         (lambda s: s.make_partial("e", ("tp",)), state(), state(placements=PART["tp"])),
         (lambda s: s.select("c", ("ep",)), state(), state(placements=PART["ep"])),
         (lambda s: s.reduce("r", ("tp",)), state(placements=PART["tp"]), state()),
@@ -166,6 +168,16 @@ CONTRADICTIONS = [
         lambda s: s.select("two", ("ep",)),
         "one",
         "needs the whole value on ep",
+    ),
+    ("rounds rows", by(state(), lambda s: s.weigh("w")), lambda s: s.round("two"), "the input", "has not been summed"),
+    *(
+        (f"{does} what is rounded", by(done(placements=PART["tp"]), lambda s: s.round("one")), step, "one", "rounded already")
+        for does, step in {
+            "scales": lambda s: s.scale("two"),
+            "transforms": lambda s: s.transform("two", 8, 8, linear=True),
+            "reduces": lambda s: s.reduce("two", ("tp",)),
+            "adds": lambda s: s.add("two", done(placements=PART["tp"])),
+        }.items()
     ),
     ("gathers what is whole", state(), lambda s: s.gather("two", ("ep",)), "the input", "gathers tokens over ep"),
     (

@@ -36,7 +36,7 @@ class BackendInfo:
     dtypes: per device type. activations: kinds, and the constants it honours, of `ALL_ACTIVATIONS`; `ungated` and `bias`
     apart. stride_bytes: every stride but one must be a multiple of this, of weights and of the rows that they read.
     row_output: can return unweighted rows. applies_scale: multiplies by the routed scaling factor itself, `call.scale`.
-    reduced: its result needs no reduction over ranks.
+    reduced: its result needs no reduction over ranks. rounds: can give sums in the tokens' dtype.
     priority: larger is preferred by "auto", per device type, or per `device/dtype` where that differs.
     few_tokens: up to so many tokens it is preferred all the same, per device type.
     requires: a module that must be installed. unavailable: gives another reason why it cannot run here, or nothing.
@@ -54,6 +54,7 @@ class BackendInfo:
     row_output: bool = False
     applies_scale: bool = False
     reduced: bool = False
+    rounds: bool = False
     backward: bool = False
     deterministic: bool = False
     batch_invariant: bool = False
@@ -94,15 +95,16 @@ class Request:
 class ExpertsCall:
     """How a backend is called: what the plan fixed.
 
-    output: `summed` [T, H] in float32, weighted and summed over the slots; `rows` [T, K, H], one unweighted row per slot,
-    zeros where the id is -1. down_bias: whether this rank adds b2 (one rank of a tensor-parallel group does).
+    output: `summed` [T, H] in float32, weighted and summed over the slots; `final`, the same rounded to x's dtype, asked of
+    backends that declare `rounds`; `rows` [T, K, H], one unweighted row per slot, zeros where the id is -1.
+    down_bias: whether this rank adds b2 (one rank of a tensor-parallel group does).
     scale: the routed scaling factor for a backend that `applies_scale`, 1 where it is applied elsewhere.
     batch_invariant: a token's bits must not depend on the others; asked of backends that declare it.
     """
 
     activation: ActivationSpec
     input_weighting: bool = False
-    output: Literal["summed", "rows"] = "summed"
+    output: Literal["summed", "final", "rows"] = "summed"
     down_bias: bool = True
     scale: float = 1.0
     batch_invariant: bool = False

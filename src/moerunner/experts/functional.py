@@ -73,9 +73,11 @@ def fused_experts(
         input_weighting=input_weighting,
         grad=grad,
     )
-    run = choose(request, backend).backend.run
+    chosen = choose(request, backend).backend
+    output = "final" if chosen.INFO.rounds else "summed"
     topk = TopK(ids, wide(topk_weights.reshape(ids.shape)))
-    y = run(x.reshape(-1, x.shape[-1]), topk, weights, ExpertsCall(activation=act, input_weighting=input_weighting))
+    call = ExpertsCall(activation=act, input_weighting=input_weighting, output=output)
+    y = chosen.run(x.reshape(-1, x.shape[-1]), topk, weights, call)
     y = y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
     if out is not None and out.shape != y.shape:
         raise WeightsError(f"out has shape {list(out.shape)}, the result {list(y.shape)}", where="fused_experts")

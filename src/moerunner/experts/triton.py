@@ -18,6 +18,7 @@ INFO = BackendInfo(
     id_minus_one=True,
     row_output=True,
     applies_scale=True,
+    rounds=True,
     deterministic=True,
     batch_invariant=True,
     capturable=True,
@@ -28,7 +29,7 @@ INFO = BackendInfo(
 
 
 def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
-    """[T, H] float32 weighted sums, or [T, K, H] rows; see `ExpertsCall`."""
+    """[T, H] weighted sums, or [T, K, H] rows; see `ExpertsCall`."""
     from moerunner.kernels import experts as kernels
     from moerunner.kernels.activation import KINDS
 
@@ -50,7 +51,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         a.gate_softcap,
         a.up_softcap,
         call.input_weighting,
-        kernels.ROWS if call.output == "rows" else kernels.SUMMED,
+        kernels.OUTPUTS.index(call.output),
         call.scale,
         call.batch_invariant,
     )

@@ -5,6 +5,8 @@ Shape suffixes: T tokens, K chosen experts, E experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -14,15 +16,28 @@ from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
 from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import copy_rows, down, gate_up, sum_slots
+from moerunner.kernels.operators import operator
 from moerunner.kernels.order import Tiled, order_slots
 from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Tiles
 
 LAYOUTS = ("concat", "interleaved", "none")
 ROWS, SUMMED, FINAL = 0, 1, 2
 """Outputs: [T, K, H] unweighted rows in x's dtype; [T, H] sums in float32; [T, H] sums in x's dtype."""
+OUTPUTS = ("rows", "summed", "final")
+"""Their names."""
 
 
-@torch.library.custom_op("moerunner::triton_experts", mutates_args=())
+def _empty_output(x_TH: Tensor, ids_TK: Tensor, w2: Tensor, output: int) -> Tensor:
+    tokens, k = ids_TK.shape
+    shape = (tokens, k, w2.shape[1]) if output == ROWS else (tokens, w2.shape[1])
+    return torch.empty(shape, dtype=torch.float32 if output == SUMMED else x_TH.dtype, device=x_TH.device)
+
+
+def _fake(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *rest: Any) -> Tensor:
+    return _empty_output(x_TH, ids_TK, w2, rest[-3])
+
+
+@operator("triton_experts", fake=_fake)
 def triton_experts(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -56,20 +71,6 @@ def triton_experts(
         x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
         input_weighting, output, scale, tile_choice.invariant(x_TH.element_size()) if batch_invariant else None,
     )  # fmt: skip
-
-
-@triton_experts.register_fake
-def _(
-    x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
-    input_weighting, output, scale, batch_invariant,
-):  # fmt: skip
-    return _empty_output(x_TH, ids_TK, w2, output)
-
-
-def _empty_output(x_TH: Tensor, ids_TK: Tensor, w2: Tensor, output: int) -> Tensor:
-    tokens, k = ids_TK.shape
-    shape = (tokens, k, w2.shape[1]) if output == ROWS else (tokens, w2.shape[1])
-    return torch.empty(shape, dtype=torch.float32 if output == SUMMED else x_TH.dtype, device=x_TH.device)
 
 
 def run(

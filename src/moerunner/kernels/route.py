@@ -20,6 +20,7 @@ from triton.language.extra import libdevice
 
 from moerunner.kernels import routing
 from moerunner.kernels.common import INTERPRETING, blocks, computable, follow, launch, power_of_2
+from moerunner.kernels.operators import operator
 
 _PLAIN = tl.constexpr(INTERPRETING)
 _SOFTMAX, _SIGMOID, _SQRTSOFTPLUS, _SOFTMAX_TOPK, _SIGMOID_TOPK, _SPARSEMIXER = (tl.constexpr(i) for i in range(6))
@@ -292,7 +293,7 @@ def _route(
         tl.store(shared_TS + t * S + s, shared, mask=has)
 
 
-@torch.library.custom_op("moerunner::route", mutates_args=())
+@operator("route", fake=routing.fake)
 def triton_route(
     x: Tensor,
     gate: Tensor | None,
@@ -347,14 +348,6 @@ def triton_route(
         device=device, warps=warps, first=gate is None, exact=True,
     )  # fmt: skip
     return ids, weights, shared
-
-
-@triton_route.register_fake
-def _(
-    x, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, experts, top_k,
-    score, by_logit, logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
-):  # fmt: skip
-    return routing.empty(x, gate, experts, top_k)
 
 
 def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:

@@ -80,6 +80,7 @@ class _Builder:
         self.steps: list[Step] = []
         self.finish = partial(Plan, spec, layout, device, dtype, options)
         self.reduce_dtype = options.travels(dtype)
+        self._kernel_rounds = False
 
     def add(self, verb: str, **facts: object) -> None:
         self.steps.append(Step(verb=verb, **facts))  # type: ignore[arg-type]
@@ -123,7 +124,16 @@ class _Builder:
         self._output()
         if not trimmed and not early:
             self.add("trim", value="out", at="finish", width=spec.routed_hidden_size, reason="nothing reads it before")
-        return self.finish(tuple(self.steps))
+        plan = self.finish(tuple(self.steps))
+        if not self._kernel_rounds:
+            return plan
+        rounded = [
+            dataclasses.replace(s, rounds=True, reason=f"{s.reason}, rounds") if s.verb == "experts" else s for s in self.steps
+        ]
+        try:
+            return self.finish(tuple(rounded))
+        except PlanError:  # something computes with the sums
+            return plan
 
     def _route(self) -> None:
         r, spec = self.spec.routing, self.spec
@@ -262,6 +272,8 @@ class _Builder:
         chosen, dequantises = _choose(request, self.options.backend, tuple(plain))
         info = chosen.backend.INFO
         axes = tuple(a for a in self.layout.split_axes if not (pair.name == "alltoall" and a == "ep"))
+        kernels = [info] if chosen.few is None else [info, chosen.few[1].INFO]
+        self._kernel_rounds = self.dtype in ("bfloat16", "float16") and not rows and all(kernel.rounds for kernel in kernels)
         applies = info.applies_scale and spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0
         self.add(
             "experts",

@@ -54,6 +54,7 @@ class Step:
     kernel, reason, refused: what runs it, why, and why not the others. few: another up to so many tokens.
     dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
+    rounds: a kernel gives the tokens' dtype, as nothing computes with its sums.
     scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
     one_launch: of a route, the kernels that do it from logits to weights at once. side: up to so many tokens, on a side stream
     of the GPU.
@@ -76,6 +77,7 @@ class Step:
     scales: bool = False
     weighs: bool = False
     sums: bool = False
+    rounds: bool = False
     scatter: bool = False
     overlaps: bool = False
     one_launch: str = ""
@@ -169,7 +171,13 @@ def _experts(step: Step, states: States, spec: MoESpec) -> States:
         y = _weigh(y, step.name, topk)
     if step.sums:
         y = y.sum_slots(step.name)
-    return {"routed": y.scale(step.name) if step.scales else y}
+    if step.scales:
+        y = y.scale(step.name)
+    if not step.rounds:
+        return {"routed": y}
+    if spec.routing.modalities > 1:
+        raise PlanError("adds up what each set of experts has rounded", first=step.name, second=step.name)
+    return {"routed": y.round(step.name)}
 
 
 def _weigh(y: ValueState, name: str, topk: ValueState) -> ValueState:
@@ -217,6 +225,8 @@ def _join(step: Step, states: States, spec: MoESpec) -> States:
     for value in ("shared", "zero"):
         if value in states:
             out = out.add(step.name, states[value])
+    if out.rounded and spec.output_bias:
+        raise PlanError("adds a bias to a value that has been rounded already", first=out.maker("rounded"), second=step.name)
     if step.axes != out.partial_axes:
         what = f"counts a bias once over {step.axes}, the value is a partial sum over {out.partial_axes}"
         raise PlanError(what, first=out.maker(f"placed on {(*out.partial_axes, *step.axes)[0]}"), second=step.name)

@@ -20,7 +20,8 @@ class ValueState:
 
     width: features that carry meaning; padded_to: features that are stored. weighted: the router's weights are in it;
     summed: the K slots are one; scaled: the routed scaling factor is in it. placements: one of PyTorch's `Replicate()`,
-    `Partial()`, `Shard(0)` per axis (dp, ep, tp). by: which step made each fact true, for the error that names both.
+    `Partial()`, `Shard(0)` per axis (dp, ep, tp). rounded: it is float32 no longer, and nothing may compute with it. by: which
+    step made each fact true, for the error that names both.
     """
 
     width: int
@@ -31,6 +32,7 @@ class ValueState:
     dtype: str
     placements: tuple[Placement, Placement, Placement]
     by: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    rounded: bool = False
 
     def at(self, axis: str) -> Placement:
         return self.placements[AXES.index(axis)]
@@ -67,7 +69,18 @@ class ValueState:
             self._refuse(step, "width", f"trims to {width}, the true width is {self.width}")
         return self._set(step, ("trimmed",), padded_to=width)
 
+    def round(self, step: str) -> ValueState:
+        """To the tokens' dtype, which is done once and last."""
+        if not self.summed:
+            self._refuse(step, "made", "rounds a value that has not been summed")
+        return self._set(step, ("rounded",), rounded=True)
+
+    def _wide(self, step: str, does: str) -> None:
+        if self.rounded:
+            self._refuse(step, "rounded", f"{does} a value that has been rounded already")
+
     def transform(self, step: str, takes: int, gives: int, *, linear: bool) -> ValueState:
+        self._wide(step, "transforms")
         if self.padded_to != self.width:
             self._refuse(step, "padded", f"reads {self.padded_to} features of which {self.width} are true")
         if takes != self.width:
@@ -100,6 +113,7 @@ class ValueState:
         return self._set(step, ("summed",), summed=True)
 
     def scale(self, step: str) -> ValueState:
+        self._wide(step, "scales")
         if self.scaled:
             self._refuse(step, "scaled", "applies the routed scaling factor a second time")
         return self._set(step, ("scaled",), scaled=True)
@@ -118,6 +132,7 @@ class ValueState:
         return self._place(step, axes, Replicate())
 
     def reduce(self, step: str, axes: tuple[str, ...], *, scatter: bool = False) -> ValueState:
+        self._wide(step, "reduces")
         for axis in axes:
             if not self.at(axis).is_partial():
                 self._refuse(step, f"placed on {axis}", f"reduces over {axis} a value that is {self.at(axis)!r} there")
@@ -136,6 +151,7 @@ class ValueState:
 
     def add(self, step: str, other: ValueState) -> ValueState:
         for name, state in (("first", self), ("second", other)):
+            state._wide(step, "adds to")
             if state.padded_to != state.width:
                 state._refuse(step, "padded", f"adds a padded value ({name}: {state.padded_to} for {state.width})")
             for fact in ("weighted", "summed", "scaled"):

@@ -13,18 +13,16 @@ from torch import Tensor
 
 from moerunner.errors import UnsupportedError
 from moerunner.kernels.cpu import library
+from moerunner.kernels.operators import operator
 
 LAYOUTS = ("concat", "interleaved", "none")
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-
 _SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? b13, Tensor? b2, Tensor? w13_scale, "
     "Tensor? w2_scale, int layout, int kind, float alpha, float beta, float? limit, bool clamp_after, float? gate_softcap, "
     "float? up_softcap, bool input_weighting, bool rows, bool invariant) -> Tensor"
 )
-_ops = torch.library.Library("moerunner", "FRAGMENT")
-_ops.define(f"cpu_experts{_SCHEMA}")
 
 
 def run(
@@ -95,17 +93,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@torch.library.impl(_ops, "cpu_experts", "CPU")
-def _cpu(*args) -> Tensor:
-    return run(library.chosen()[0], *args)
-
-
-@torch.library.register_fake("moerunner::cpu_experts")
-def _(x_TH, ids_TK, weights_TK, w13, w2, *rest):
+def _fake(x_TH, ids_TK, weights_TK, w13, w2, *rest):
     tokens, k = ids_TK.shape
     rows = rest[-2]
     shape = (tokens, k, w2.shape[1]) if rows else (tokens, w2.shape[1])
     return torch.empty(shape, dtype=x_TH.dtype if rows else torch.float32, device=x_TH.device)
 
 
-cpu_experts = torch.ops.moerunner.cpu_experts.default
+@operator("cpu_experts", device="CPU", schema=_SCHEMA, fake=_fake)
+def cpu_experts(*args) -> Tensor:
+    return run(library.chosen()[0], *args)

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from moerunner.kernels.cpu import library
+from moerunner.kernels.operators import operator
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 AT_ONCE = 64  # tokens of a call, whose sums stay in the second cache
 PATHS = ("avx2",)  # where it was measured beside PyTorch's
 HALF = (torch.bfloat16, torch.float16)
-
-_ops = torch.library.Library("moerunner", "FRAGMENT")
-_ops.define("cpu_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def worthwhile() -> bool:
@@ -57,14 +55,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, path: str 
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.impl(_ops, "cpu_product", "CPU")
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x, weight, bias)
-
-
-@torch.library.register_fake("moerunner::cpu_product")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-cpu_product = torch.ops.moerunner.cpu_product.default
+@operator("cpu_product", device="CPU", fake=_fake)
+def cpu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`product` as an operator."""
+    return product(x, weight, bias)

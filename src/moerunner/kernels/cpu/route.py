@@ -14,12 +14,11 @@ from torch import Tensor
 from moerunner.errors import SpecError
 from moerunner.kernels import routing
 from moerunner.kernels.cpu import library
+from moerunner.kernels.operators import operator
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-_ops = torch.library.Library("moerunner", "FRAGMENT")
-_ops.define(
-    "cpu_route(Tensor x, Tensor? gate, Tensor? gate_bias, Tensor? selection_bias, Tensor? per_expert_scale, "
+_SCHEMA = (
+    "(Tensor x, Tensor? gate, Tensor? gate_bias, Tensor? selection_bias, Tensor? per_expert_scale, "
     "Tensor? global_scale, Tensor? hash_table, Tensor? input_ids, Tensor? token_types, int experts, int top_k, int score, "
     "bool by_logit, float logit_scale, float? logit_softcap, int groups, int kept, bool best_two, float fill, "
     "int renormalise, float eps, float p, float jitter, int modalities, float factor) -> (Tensor, Tensor, Tensor)"
@@ -95,17 +94,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@torch.library.impl(_ops, "cpu_route", "CPU")
-def _cpu(*args) -> tuple[Tensor, Tensor, Tensor]:
+@operator("cpu_route", device="CPU", schema=_SCHEMA, fake=routing.fake)
+def cpu_route(*args) -> tuple[Tensor, Tensor, Tensor]:
     return run(library.chosen()[0], *args)
 
-
-@torch.library.register_fake("moerunner::cpu_route")
-def _(x, gate, *rest):
-    return routing.empty(x, gate, rest[7], rest[8])
-
-
-cpu_route = torch.ops.moerunner.cpu_route.default
 
 route = partial(routing.route, cpu_route)
 """See `routing.route`."""
