@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ _MOST_LAYERS = 10_000  # of a config without files: the deepest models have some
 _MOST_COMPUTED = 4 * 2**30  # bytes of rotary tables and the like: none comes near
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector waits: names and places of thousands of tensors would have it look at all that PyTorch holds, again and
+    again, which takes longer than to make them."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -155,6 +170,7 @@ def blueprint(path: Path, dtype: torch.dtype | None = None, *, config_only: bool
     return Blueprint(recipe, model, naming, stored, arranged, dtype, held_as)
 
 
+@_uncollected()
 @torch.no_grad()
 def load_weights(model: nn.Module, source: str | Path | Iterable[tuple[str, Tensor]]) -> None:
     """Other weights for a model that is there, patched or not: the result is that of loading them afresh.
