@@ -102,40 +102,6 @@ def test_boxes_cover_a_tensor_in_the_order_of_memory(shape, most):
     assert all(box.numel() <= most and box.is_contiguous() for box in found)
 
 
-def test_a_piece_is_not_overwritten_before_a_gpu_has_copied_it(tmp_path, monkeypatch):
-    """Copies wait in a queue as on a stream; an event says how many are behind it, and they run when it is waited for."""
-    queue, ran, most = [], 0, 0
-
-    class Event:
-        at = 0
-
-        def record(self, stream):
-            assert stream == "the stream of cuda:3"
-            self.at = len(queue)
-
-        def synchronize(self):
-            nonlocal ran
-            for copy in queue[ran : self.at]:
-                copy()
-            ran = max(ran, self.at)
-
-    given = torch.randn(90_000)
-    save_file({"a": given}, tmp_path / "f")
-    (tensor,) = read_header(tmp_path / "f")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    target = torch.full_like(given, torch.nan)
-    with Reader(lambda count: None) as reader:
-        reader._gpu, reader._size = torch.device("cuda:3"), 4096
-        reader._pieces = [(torch.empty(4096, dtype=torch.uint8), Event()) for _ in range(2)]
-        for (place,), values in reader.pieces(tensor, (slice(5, 90_000),)):
-            queue.append(lambda place=place, values=values: target[place].copy_(values))
-            most = max(most, len(queue) - ran)
-    for copy in queue[ran:]:
-        copy()
-    assert torch.equal(target[5:], given[5:])
-    assert most == 2, "nothing is read while a piece travels"
-
-
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "f")
     (tensor,) = read_header(tmp_path / "f")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import CheckpointError, UnsupportedError
+from moerunner.models import staging
 from moerunner.models.checkpoint import one_line, some
 from moerunner.models.names import Arrangement, Group, Naming
 from moerunner.models.places import Box, Cut, Part, regions
@@ -23,6 +24,7 @@ from moerunner.models.tensorfile import Reader, Stored, pieces_of
 Step = Callable[[int], None]
 Targets = list[tuple[str, Part]]
 Region = tuple[Box, Targets]
+Job = tuple[str, "list[Region] | Group"]
 _THREADS = 8  # measured from the page cache: 8.6 GB/s to memory, where one reads 1.5
 _MOST = 32 * 2**20  # bytes of a tensor that one thread reads while others read the rest: an embedding is as long as all else
 _LEAST = 128 * 2**10  # bytes: reading less from a row costs as much as the row, as systems read ahead
@@ -108,24 +110,46 @@ class Filling:
 
 def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored], device: torch.device) -> None:
     """Reads what is arranged and kept, file by file from front to back, in a few threads that each hold one piece in memory."""
-    jobs: list[tuple[str, list[Region] | Group]] = [(group.names()[0], group) for group in arranged.whole]
-    for name, parts in arranged.parts.items():
-        size, number = stored[name].nbytes, stored[name].dtype.itemsize
-        found = regions(filling.kept(parts), stored[name].shape, _LEAST // number)
-        if size <= _MOST:
-            jobs.append((name, found))
-        else:
-            jobs += [(name, [(piece, mine)]) for box, mine in found for piece in pieces_of(box, _MOST // number)]
-    jobs.sort(key=lambda job: (str(stored[job[0]].file), stored[job[0]].start))
+
+    def place(name: str) -> tuple[str, int]:
+        return str(stored[name].file), stored[name].start
+
+    whole: list[Job] = [(group.names()[0], group) for group in arranged.whole]
+    parts: list[tuple[str, list[Region]]] = []
+    for name in sorted(arranged.parts, key=place):
+        found = regions(filling.kept(arranged.parts[name]), stored[name].shape, _LEAST // stored[name].dtype.itemsize)
+        parts.append((name, found))
+    total = sum(_bytes(what, stored, name) for name, what in [*whole, *parts])
+    with progress("Loading weights", total) as step, torch.no_grad():
+        if not staging.serves(device):
+            each = [(name, [one]) for name, found in parts for one in _split(found, stored[name])]
+            _read_all(filling, sorted([*whole, *each], key=lambda job: place(job[0])), stored, step)
+            return
+        _read_all(filling, sorted(whole, key=lambda job: place(job[0])), stored, step)
+        pieces = [p for name, found in parts for box, mine in found for p in staging.pieces_for(stored[name], box, mine)]
+        staging.staged(pieces, device, step, lambda piece, values: filling.write(piece.told, piece.box, values, stays=True))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was copied is there, or its failure is told here
+
+
+def _split(found: list[Region], source: Stored) -> Iterator[Region]:
+    """Regions of a large tensor in such as several threads can read."""
+    for box, mine in found:
+        for piece in pieces_of(box, _MOST // source.dtype.itemsize) if source.nbytes > _MOST else (box,):
+            yield piece, mine
+
+
+def _read_all(filling: Filling, jobs: list[Job], stored: Mapping[str, Stored], step: Callable[[int], None]) -> None:
+    """In a few threads, each of which takes the next job when it has done one."""
     left, lock, stop = iter(jobs), threading.Lock(), threading.Event()
 
-    def work(step: Step) -> None:
+    def work() -> None:
         def count(read: int) -> None:
             if stop.is_set():
                 raise _Stopped
             step(read)
 
-        with Reader(count, device if device.type == "cuda" else None) as reader, torch.no_grad():
+        with Reader(count) as reader, torch.no_grad():
             while True:
                 with lock:
                     name, what = next(left, ("", None))
@@ -136,17 +160,14 @@ def stream(filling: Filling, arranged: Arrangement, stored: Mapping[str, Stored]
                 else:
                     _read(reader, filling, what, stored[name])
 
-    threads = min(_THREADS, os.cpu_count() or 1)
-    total = sum(_bytes(what, stored, name) for name, what in jobs)
-    with progress("Loading weights", total) as step, ThreadPoolExecutor(threads) as pool:
+    threads = min(_THREADS, os.cpu_count() or 1, len(jobs))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         try:
-            for worker in as_completed([pool.submit(work, step) for _ in range(threads)]):
+            for worker in as_completed([pool.submit(work) for _ in range(threads)]):
                 worker.result()
         except BaseException:  # Ctrl-C too
             stop.set()
             raise
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # what was copied is there, or its failure is told here
 
 
 def _bytes(what: list[Region] | Group, stored: Mapping[str, Stored], name: str) -> int:
@@ -159,11 +180,11 @@ def _read(reader: Reader, filling: Filling, what: list[Region], source: Stored) 
     for within, parts in what:
         memory = filling.memory(parts, within, source.dtype)
         if memory is not None:
-            reader.read(source, source.position(within), memory)
+            reader.read([source], source.position(within), memory)
             filling.count(parts[0][0], memory.numel())
             continue
         for box, values in reader.pieces(source, within):
-            filling.write(parts, box, values, stays=True)
+            filling.write(parts, box, values)
 
 
 class _Stopped(Exception):

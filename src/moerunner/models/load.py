@@ -44,8 +44,8 @@ _MOST_COMPUTED = 4 * 2**30  # bytes of rotary tables and the like: none comes ne
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Python's collector waits: names and places of thousands of tensors would have it look at all that PyTorch holds, again and
-    again, which takes longer than to make them."""
+    """Python's collector waits: names and places of thousands of tensors would have it look at all that PyTorch holds, again
+    and again, which takes longer than to make them."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,7 +23,6 @@ from torch import Tensor
 from moerunner.errors import CheckpointError, UnsupportedError
 
 PIECE = 2 * 2**20  # bytes held while numbers are converted: small enough to stay in a processor's cache
-_STAGED = 4 * 2**20  # bytes of each of the two pieces from which a GPU copies: one is read while the other travels
 _STRIDE = 64 * 2**20  # bytes read in one call
 _LONGEST_HEADER = 100_000_000  # as in the safetensors library
 _AGAIN = "Copy or download the file again"
@@ -115,62 +114,55 @@ def read_header(file: Path) -> list[Stored]:
 class Reader:
     """Reads stored tensors; keeps one file open and a piece in memory, which a later piece overwrites.
 
-    step: is told how many bytes were read, now and then. gpu: for it there are two pieces, in page-locked memory; it may still
-    copy one while the other is read, and each is overwritten once what was put on its current stream behind it is done.
+    step: is told how many bytes were read, now and then.
     """
 
-    def __init__(self, step: Callable[[int], None], gpu: torch.device | None = None) -> None:
-        self._step, self._gpu = step, gpu
-        self._size = PIECE if gpu is None else _STAGED
-        pinned, count = gpu is not None, 1 if gpu is None else 2
-        pieces = [torch.empty(self._size, dtype=torch.uint8, device="cpu", pin_memory=pinned) for _ in range(count)]
-        self._pieces = [(piece, torch.cuda.Event() if pinned else None) for piece in pieces]
-        self._turn = 0
+    def __init__(self, step: Callable[[int], None]) -> None:
+        self._step = step
+        self._piece = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
         self._file: FileIO | None = None
         self._path: Path | None = None
 
     def pieces(self, tensor: Stored, within: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """A box that is contiguous in the file in smaller ones: where in the tensor, and the values.
 
-        They are valid until the next is asked for; a GPU may read them afterwards, if it was told to before.
+        They are valid until the next is asked for.
         """
         if tensor.nbytes == 0:
             return
         position = tensor.position(within)
-        for box in pieces_of(within, self._size // tensor.dtype.itemsize):
+        for box in pieces_of(within, PIECE // tensor.dtype.itemsize):
             shape = [side.stop - side.start for side in box]
-            piece, copied = self._pieces[self._turn]
-            self._turn = (self._turn + 1) % len(self._pieces)
-            values = piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
-            if copied is not None:
-                copied.synchronize()
-            self.read(tensor, position, values)
+            values = self._piece[: math.prod(shape) * tensor.dtype.itemsize].view(tensor.dtype).view(shape)
+            self.read([tensor], position, values)
             yield box, values
-            if copied is not None:
-                copied.record(torch.cuda.current_stream(self._gpu))
             position += values.nbytes
 
     def all(self, tensor: Stored) -> Tensor:
         """The whole tensor in memory of its own."""
         values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        self.read(tensor, tensor.start, values)
+        self.read([tensor], tensor.start, values)
         return values
 
-    def read(self, tensor: Stored, position: int, into: Tensor) -> None:
-        """Fills a contiguous tensor in host memory with the bytes of the file from `position` on."""
+    def read(self, tensors: Sequence[Stored], position: int, into: Tensor) -> None:
+        """Fills a contiguous tensor in host memory with the bytes of a file from `position` on, which are of these tensors."""
+
+        def here() -> str:
+            return next(t.name for t in reversed(tensors) if t.start <= position + done or t is tensors[0])
+
         memory = memoryview((ctypes.c_char * into.nbytes).from_address(into.data_ptr())).cast("B")
-        done = 0
+        done, path = 0, tensors[0].file
         try:
-            file = self._open(tensor.file)
+            file = self._open(path)
             file.seek(position)
             while done < len(memory):
                 count = file.readinto(memory[done : done + _STRIDE])
                 if not count:
-                    raise _damaged(tensor.file, f"it ends within {tensor.name!r}: it was cut after loading began")
+                    raise _damaged(path, f"it ends within {here()!r}: it was cut after loading began")
                 done += count
                 self._step(count)
         except OSError as error:
-            raise CheckpointError(f"cannot be read at {tensor.name!r}: {error.strerror}", where=str(tensor.file)) from error
+            raise CheckpointError(f"cannot be read at {here()!r}: {error.strerror}", where=str(path)) from error
 
     def _open(self, path: Path) -> FileIO:
         if self._file is None or (self._path is not path and self._path != path):
