@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,21 @@ def test_equals_float64_on_a_gpu(facts, dtype, tiles):
     assert error(first, c.exact()) <= c.bound()
     assert torch.equal(first, again)
     assert error(c.kernel(TILES["tma"]), first.double()) <= c.bound(), "what the Triton tiles give"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_process_and_a_thread_that_have_not_used_the_gpu_are_told_the_truth():
+    """Neither has a context of CUDA at first, and the answer is kept."""
+    code = """
+import threading, torch
+from moerunner.kernels import nvrtc, order
+device, found = torch.device("cuda", 0), []
+print(repr(nvrtc.why_not(device)))
+def work():
+    found.append(order.order_slots(torch.zeros(3000, 8, dtype=torch.int64, device=device), 4, 64).totals[0].item())
+thread = threading.Thread(target=work)
+thread.start(), thread.join()
+print(found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["''", f"[{24000 // 64}]"], done.stderr[-500:]

@@ -265,9 +265,8 @@ def split_model(folder: Path, empty: Path, layout: Layout) -> dict[str, Any]:
         "load_weights": refusal(lambda: moerunner.load_weights(model, folder)),
     }
     for name, ranks in {"alone": None, "ranks": bound}.items():
-        told[name] = moerunner.generate(
-            model, None, input_ids=prompt(model), max_new_tokens=NEW, layout=ranks
-        ).sequences.tolist()
+        made = moerunner.generate(model, None, input_ids=prompt(model), max_new_tokens=NEW, layout=ranks)
+        told[name], told[f"{name}, note"] = made.sequences.tolist(), made.note
     before, _ = answer(model, generates=False)
     moerunner.rebalance(model, loads={name: [9, 0, 0, 0, 9, 1, 1, 1] for name in runners(model)})
     after, _ = answer(model, generates=False)

@@ -51,13 +51,13 @@ class Tuned:
 
 
 def run_with(tiles: Any, shape: Shape, inputs: Inputs) -> torch.Tensor:
-    """The Triton kernels with these tiles, [T, H] float32."""
+    """The kernels with these tiles, [T, H] in the tokens' dtype."""
     from moerunner.kernels import experts as kernels
     from moerunner.kernels.activation import KINDS
 
     x, topk, w = inputs
     layout, kind = kernels.LAYOUTS.index(w.gate_up), KINDS.index(shape.kind)
-    rest = (layout, kind, 1.0, 0.0, None, False, None, None, False, kernels.SUMMED, 1.0)
+    rest = (layout, kind, 1.0, 0.0, None, False, None, None, False, kernels.FINAL, 1.0)
     return kernels.run(x, topk.ids, topk.weights, w.w13, w.w2, None, None, *rest, tiles)
 
 
@@ -88,11 +88,12 @@ def tune(
         def clock(tiles: Any, inputs: list[Inputs] = inputs, judge: Judge = judge) -> Timed:
             return _time(tiles, shape, inputs, judge, replays)
 
-        yield Tuned(count, _search(start, clock))
+        yield Tuned(count, _search(start, clock, able))
 
 
-def _search(start: Any, clock: Callable[[Any], Timed]) -> tuple[Timed, ...]:
-    """Neighbours first; of the best one part after the other; then another kernel. Each tiles once, `start` first."""
+def _search(start: Any, clock: Callable[[Any], Timed], able: bool) -> tuple[Timed, ...]:
+    """Neighbours first; of the best one part after the other; then `hopper.py`, if it is able to run. Each tiles once, `start`
+    first."""
     from moerunner.kernels import tiles as choice
 
     done: dict[Any, Timed] = {}
@@ -106,7 +107,8 @@ def _search(start: Any, clock: Callable[[Any], Timed]) -> tuple[Timed, ...]:
     base = fastest([start, *choice.neighbours(start)])
     for part, others in choice.alternatives(base):
         base = dataclasses.replace(base, **{part: getattr(fastest([base, *others]), part)})
-    fastest([base, *choice.specialised(start)])
+    if able:
+        fastest([base, *choice.specialised(start)])
     return tuple(done.values())
 
 
