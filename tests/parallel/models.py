@@ -76,9 +76,10 @@ def load_and_run(folder: Path, layout: Layout, generates: bool = True, attention
     read: Counter[str] = Counter()
     own = tensorfile.Reader.read
 
-    def count(self: Any, tensor: Any, position: int, into: torch.Tensor) -> None:
+    def count(self: Any, tensors: Any, position: int, into: torch.Tensor) -> None:
+        (tensor,) = tensors  # in host memory each is read by itself
         read[tensor.name] += into.nbytes
-        own(self, tensor, position, into)
+        own(self, tensors, position, into)
 
     tensorfile.Reader.read = count
     try:
