@@ -21,15 +21,17 @@ class Stream:
 
     def __init__(self):
         self.waiting, self.ran, self.most = [], 0, 0
+        self.lock = threading.Lock()  # copies run one after the other, whoever waits for them
 
     def ask(self, copy):
         self.waiting.append(copy)
         self.most = max(self.most, len(self.waiting) - self.ran)
 
     def run(self, end):
-        for copy in self.waiting[self.ran : end]:
-            copy()
-        self.ran = max(self.ran, end)
+        with self.lock:
+            for copy in self.waiting[self.ran : end]:
+                copy()
+            self.ran = max(self.ran, end)
 
     def event(self):
         stream = self
