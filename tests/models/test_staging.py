@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moerunner import CheckpointError, load
+from moerunner import CheckpointError, Layout, load
 from moerunner.models import staging
 from moerunner.models.tensorfile import read_header
+from moerunner.parallel.comm import simulate
+from moerunner.verify import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -136,13 +138,21 @@ def test_a_failure_ends_all_threads_and_names_the_tensor(fails, stored, stream, 
     assert threading.active_count() == before
 
 
-def test_a_model_that_comes_this_way_is_the_same(tmp_path, stream, monkeypatch):
-    from moerunner.verify import tiny_model
+@pytest.mark.parametrize("layout", [Layout(), Layout(ep=2), Layout(tp=2)], ids=["whole", "ep2", "tp2"])
+def test_a_model_that_comes_this_way_is_the_same(layout, tmp_path, monkeypatch):
+    def states():
+        if layout.world == 1:
+            return [load(tmp_path).state_dict()]
+        return simulate(layout, lambda bound: load(tmp_path, layout=bound).state_dict())
 
     tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size="100KB")
-    expected = load(tmp_path).state_dict()
+    expected, came = states(), []
+    staged = staging.staged
+    monkeypatch.setattr(staging, "ROOM", 4096)
     monkeypatch.setattr(staging, "serves", lambda device: True)
-    monkeypatch.setattr(staging, "_Buffer", staging._Buffer.__mro__[1])
-    found = load(tmp_path).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    monkeypatch.setattr(staging, "staged", lambda pieces, *rest: came.append(len(pieces)) or staged(pieces, *rest))
+    for mine, plain in zip(states(), expected, strict=True):
+        assert mine.keys() == plain.keys()
+        assert all(torch.equal(mine[name], tensor) for name, tensor in plain.items())
+    assert len(came) == layout.world
+    assert min(came) > 10

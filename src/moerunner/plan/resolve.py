@@ -124,16 +124,19 @@ class _Builder:
         self._output()
         if not trimmed and not early:
             self.add("trim", value="out", at="finish", width=spec.routed_hidden_size, reason="nothing reads it before")
-        plan = self.finish(tuple(self.steps))
+        return self._rounded() or self.finish(tuple(self.steps))
+
+    def _rounded(self) -> Plan | None:
+        """The plan in which the experts' kernel rounds, if it can and nothing computes with its sums."""
         if not self._kernel_rounds:
-            return plan
-        rounded = [
-            dataclasses.replace(s, rounds=True, reason=f"{s.reason}, rounds") if s.verb == "experts" else s for s in self.steps
-        ]
+            return None
+        at = next(i for i, step in enumerate(self.steps) if step.verb == "experts")
+        step = self.steps[at]
+        step = dataclasses.replace(step, rounds=True, reason=f"{step.reason}; rounds the sum")
         try:
-            return self.finish(tuple(rounded))
-        except PlanError:  # something computes with the sums
-            return plan
+            return self.finish((*self.steps[:at], step, *self.steps[at + 1 :]))
+        except PlanError:
+            return None
 
     def _route(self) -> None:
         r, spec = self.spec.routing, self.spec
