@@ -138,6 +138,24 @@ def test_a_failure_ends_all_threads_and_names_the_tensor(fails, stored, stream, 
     assert threading.active_count() == before
 
 
+def test_no_room_for_a_buffer_ends_the_threads_that_wait_for_one(stored, stream, monkeypatch):
+    """As where no more memory can be locked, or Ctrl-C comes then."""
+    _, found = stored
+    before, made, plain = threading.active_count(), [], staging._Buffer
+
+    def buffer(device):
+        if made:
+            raise MemoryError("no room")
+        made.append(plain(device))
+        return made[0]
+
+    monkeypatch.setattr(staging, "_Buffer", buffer)
+    pieces = [p for tensor in found for p in staging.pieces_for(tensor, all_of(tensor), tensor.name)]
+    with pytest.raises(MemoryError, match="no room"):
+        staging.staged(pieces, CPU, lambda count: None, lambda piece, values: None)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(ep=2), Layout(tp=2)], ids=["whole", "ep2", "tp2"])
 def test_a_model_that_comes_this_way_is_the_same(layout, tmp_path, monkeypatch):
     def states():

@@ -6,7 +6,7 @@ tensor. Threads that do both wait for each other most of the time.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +44,10 @@ class Piece:
     @property
     def shape(self) -> list[int]:
         return [side.stop - side.start for side in self.box]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.source.dtype.itemsize
 
 
 def pieces_for(source: Stored, box: Box, told: Any) -> Iterator[Piece]:
@@ -83,11 +87,11 @@ def staged(
             ready.put(error)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for _ in range(threads):
-            pool.submit(read)
-            for _ in range(2):
-                free.put(_Buffer(device))
         try:
+            for _ in range(threads):
+                pool.submit(read)
+                for _ in range(2):
+                    free.put(_Buffer(device))
             for _ in chunks:
                 found = ready.get()
                 if isinstance(found, BaseException):
@@ -98,9 +102,9 @@ def staged(
                 buffer.give()
                 free.put(buffer)
         finally:
-            with lock, contextlib.suppress(StopIteration):
-                while True:  # after a failure nothing more is read
-                    next(left)
+            with lock:
+                for _ in left:  # after a failure nothing more is read
+                    pass
             for _ in range(threads):
                 free.put(None)
 
@@ -119,7 +123,7 @@ def _chunks(pieces: Iterable[Piece]) -> Iterator[_Chunk]:
     start = size = 0
     for piece in pieces:
         at, number = piece.start, piece.source.dtype.itemsize
-        nbytes = torch.Size(piece.shape).numel() * number
+        nbytes = piece.nbytes
         follows = found and piece.source.file == found[0].source.file and at == start + size
         if not follows or size + nbytes > ROOM or size % number:
             if found:
@@ -147,9 +151,8 @@ class _Buffer:
 
     def values(self, piece: Piece, start: int) -> Tensor:
         """The numbers of a piece of the chunk that begins there."""
-        at, shape = piece.start - start, piece.shape
-        size = torch.Size(shape).numel() * piece.source.dtype.itemsize
-        return self._bytes[at : at + size].view(piece.source.dtype).view(shape)
+        at = piece.start - start
+        return self._bytes[at : at + piece.nbytes].view(piece.source.dtype).view(piece.shape)
 
     def give(self) -> None:
         """To be free as soon as all that the current stream was told to is done."""
