@@ -391,7 +391,8 @@ def command_line(world: int, seconds: float) -> Iterator[dict[str, Any]]:
     """`torchrun -m moerunner` of the shipped model: the verbs that run on several ranks, and what one rank says."""
     path = Path(moerunner.__file__).parent / "assets" / "demo"
     prompt = ["import os", "--max-new-tokens", "12"]
-    runs = {"verify": ["--ep", str(world)], "generate": [*prompt, "--tp", str(world)], "generate alone": prompt}
+    wide = ["--tp", "2", "--ep", "2"] if world == 4 else ["--tp", str(world)]
+    runs = {"verify": wide if world == 4 else ["--ep", str(world)], "generate": [*prompt, *wide], "generate alone": prompt}
     said: dict[str, Any] = {}
     for name, more in runs.items():
         verb, alone = name.split()[0], name.endswith("alone")
@@ -416,7 +417,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=95.0)
     parser.add_argument("--ranks", type=int, help="the largest world; default: the GPUs there are, at most 4")
-    parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2,cli-2")
+    parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2,cli-4")
     for name, kind in (("rank", int), ("world", int), ("first", int), ("job", str), ("folder", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -456,8 +457,10 @@ def main() -> None:
         for world, left in zip(worlds, hung, strict=True):
             found += [*world.results(), world.judge(left)]
         options.out.write_text(json.dumps({"environment": environment(), "results": found}, indent=1) + "\n")
-    if not options.jobs or "cli-2" in options.jobs:
-        found += command_line(2, max(20.0, start + options.seconds - time.monotonic()))
+    for world in (2, 4)[: most // 2]:
+        if options.jobs and f"cli-{world}" not in options.jobs:
+            continue
+        found += command_line(world, max(20.0, start + options.seconds - time.monotonic()))
         options.out.write_text(json.dumps({"environment": environment(), "results": found}, indent=1) + "\n")
     wrong = [f for f in found if not f["ok"]]
     for one in wrong[:40]:

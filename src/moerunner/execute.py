@@ -85,12 +85,22 @@ class Verbs:
             self._zero_factor = self.spec.routed_scaling_factor if zero.scales else 1.0
         self._adds_bias = grad or all(comm.coordinates[a] == 0 for a in self._only("join").axes)
         self.spread = Spread(plan, comm) if grad else _as_it_is
+        self.replayable = self._is_replayable()
 
     def agree(self, w: LayerWeights) -> torch.dtype:
         """Raises on every rank unless all run this plan on weights of the same shapes. The dtype it is for."""
         if self._comm.layout.world > 1:
             self._comm.same({**self.plan.facts(), "weights": {name: meta.shape for name, meta in w.meta().items()}})
         return self.dtype
+
+    def _is_replayable(self) -> bool:
+        """Whether a call on tokens alone always does the same: nothing is drawn or asked of the GPU, and no rank is met."""
+        plan, spec, options, step = self.plan, self.spec, self.plan.options, self._experts_step
+        used = [backend.INFO for backend in (self._backend, self._few_backend) if backend is not None]
+        own = any(isinstance(op, Custom) for transform in spec.transforms().values() for op in transform.ops)
+        fixed = spec.routing.simulate is None and not own and not step.dequantises and not options.grad
+        alone = plan.layout.world == 1 and all(info.capturable and not info.host_sync for info in used)
+        return options.graphs and fixed and alone
 
     def _only(self, verb: str) -> Step:
         step = self.plan.step(verb)

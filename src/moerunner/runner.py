@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from moerunner.errors import SpecError, UnsupportedError, WeightsError
 from moerunner.execute import Verbs
+from moerunner.kernels.replay import Replays
 from moerunner.parallel.balance import LoadCounter
 from moerunner.parallel.comm import comm_of, on_every_rank
 from moerunner.parallel.cut import local_part
@@ -60,6 +62,7 @@ class MoERunner(nn.Module):
             self._source = weights
         self._verbs: dict[tuple[str, torch.dtype, bool], Verbs] = {}
         self._agreed: set[torch.dtype] = set()
+        self._replays = Replays()
         self.plan = self._resolve(self.layer_weights(), bool(self.options.grad)).plan
 
     @on_every_rank
@@ -87,15 +90,22 @@ class MoERunner(nn.Module):
         """
         w = self.layer_weights()
         v, x_TH = self._enter(x, w, router_logits, router_input, topk and topk.weights)
-        chosen = v.route(
-            x_TH,
-            w,
-            topk=topk,
-            router_logits=router_logits,
-            router_input=router_input,
-            input_ids=input_ids,
-            token_types=token_types,
-        )
+        said = {
+            "router_logits": router_logits,
+            "router_input": router_input,
+            "input_ids": input_ids,
+            "token_types": token_types,
+        }
+        said = {name: value for name, value in said.items() if value is not None}
+        if v.replayable and topk is None and not said and self.loads is None:
+            out = self._replays(partial(self._run, v, w), x_TH, w, v)
+        else:
+            out = self._run(v, w, x_TH, topk=topk, **said)
+        return out if v.plan.wanted == "shard" else out.reshape(x.shape)
+
+    def _run(self, v: Verbs, w: LayerWeights, x_TH: Tensor, **said: Any) -> Tensor:
+        """The plan's steps on tokens [T, H]. said: of the router's input, or its answer."""
+        chosen = v.route(x_TH, w, **said)
         if self.loads is not None:
             self.loads.add(chosen, self._slots)
         zero = v.zero(x_TH, chosen)
@@ -113,8 +123,7 @@ class MoERunner(nn.Module):
         routed = v.output_transform(routed, w)
         out = v.join(routed, shared.wait(), zero, w)
         out = v.final_transform(out, w)
-        out = v.finish(out, w)
-        return out if v.plan.wanted == "shard" else out.reshape(x.shape)
+        return v.finish(out, w)
 
     def route(self, x: Tensor, **inputs: Any) -> TopK:
         """Ids and weights of every token, [T, K], from the keyword arguments of `forward`; logical ids."""
@@ -150,7 +159,7 @@ class MoERunner(nn.Module):
         return self._template.map(lambda name, _: getattr(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_verbs": {}}  # bound functions are made again in the copy
+        return {**self.__dict__, "_verbs": {}, "_replays": Replays()}  # what is bound is made again in the copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoERunner:
         """The correction bias keeps its dtype in `runner.to(bfloat16)`: rounded, it would choose other experts."""

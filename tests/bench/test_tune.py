@@ -27,9 +27,9 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
     monkeypatch.setattr(tables, "cache_file", lambda device: tmp_path / "cache.json")
     monkeypatch.setattr(tables, "shipped_file", lambda gpu: tmp_path / "shipped.json")
-    tables._measured.cache_clear()
+    tables.forget()
     yield tmp_path
-    tables._measured.cache_clear()
+    tables.forget()
 
 
 @pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True), Specialised(128, True)])
@@ -47,9 +47,9 @@ def test_every_choice_on_a_gpu_reads_the_real_files(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "No such GPU")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    tables._measured.cache_clear()
+    tables.forget()
     assert chosen(64) == tiles.choose(64, 2, 8, 64, 32, itemsize=2)
-    tables._measured.cache_clear()
+    tables.forget()
 
 
 def test_a_measurement_serves_nearby_numbers_of_tokens_only(gpu):
@@ -83,7 +83,7 @@ def test_writing_keeps_other_shapes(gpu):
 @pytest.mark.parametrize("text", ["", "[]", '{"shapes": 3}', '{"shapes": {"a": {"1": {"tiles": {"kind": "few"}}}}}', "\xff"])
 def test_a_damaged_table_is_as_none(gpu, text):
     usual = chosen(64)
-    tables._measured.cache_clear()
+    tables.forget()
     (gpu / "cache.json").write_text(text)
     assert chosen(64) == usual
     tables.write(gpu / "cache.json", {}, {tables.key(**SHAPE): {"64": entry(OTHER)}})

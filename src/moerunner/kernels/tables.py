@@ -31,6 +31,7 @@ def key(*, experts: int, top_k: int, hidden: int, inter: int, gated: bool, dtype
     return f"{experts} {top_k} {hidden} {inter} {'gated' if gated else 'plain'} {str(dtype).removeprefix('torch.')}"
 
 
+@functools.lru_cache(4096)
 def choose(
     tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, gated: bool, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
@@ -80,7 +81,13 @@ def write(path: Path, made_on: dict[str, Any], shapes: dict[str, dict[int, dict[
     if read(path):
         kept = json.loads(path.read_text())["shapes"]
     write_whole(path, (json.dumps({"made_on": made_on, "shapes": kept | shapes}, indent=1) + "\n").encode())
+    forget()
+
+
+def forget() -> None:
+    """Has the next choice read the files anew."""
     _measured.cache_clear()
+    choose.cache_clear()
 
 
 @functools.cache

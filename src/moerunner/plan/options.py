@@ -26,7 +26,8 @@ class Options:
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
     capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts; `deepep` needs that package.
     overlap: on CUDA shared experts run on a stream of their own, while tokens travel or the routed experts of few tokens run.
-    count_loads: `runner.loads` counts how often each expert is chosen.
+    count_loads: `runner.loads` counts how often each expert is chosen. graphs: on CUDA the launches of few tokens are recorded
+        as a CUDA graph when they come a second time, without gradients, and later calls launch that.
     """
 
     dtype: Any = None
@@ -40,6 +41,7 @@ class Options:
     dispatch: Dispatch = "auto"
     overlap: bool = True
     count_loads: bool = False
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dtype", "reduce_dtype"):
@@ -52,7 +54,7 @@ class Options:
             object.__setattr__(self, name, text)
         if not isinstance(self.backend, str):
             raise SpecError(f"must be a name, not {self.backend!r}", where="Options.backend")
-        for name in ("grad", "deterministic", "batch_invariant", "capturable", "overlap", "count_loads"):
+        for name in ("grad", "deterministic", "batch_invariant", "capturable", "overlap", "count_loads", "graphs"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "grad" and value is None):
                 raise SpecError(f"must be true or false, not {value!r}", where=f"Options.{name}")

@@ -1,0 +1,282 @@
+"""Launches of few tokens are recorded once and replayed: on a CPU, when that is done; on a GPU, that the numbers stay."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+
+import pytest
+import torch
+from tests.support.strategies import make_weights
+
+from moerunner import ExpertsSpec, LayerWeights, Layout, MoERunner, MoESpec, Options, RoutingSpec, SharedSpec, TransformSpec
+from moerunner.execute import Verbs
+from moerunner.kernels import replay as subject
+from moerunner.kernels.replay import MOST_TOKENS, Replays
+from moerunner.parallel.comm import comm_of
+from moerunner.parallel.pairs import SlotMap
+from moerunner.plan import resolve
+from moerunner.spec import Custom
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SPEC = MoESpec(
+    hidden_size=64,
+    num_experts=8,
+    top_k=2,
+    routing=RoutingSpec(score="softmax", renormalise="sum"),
+    experts=ExpertsSpec(intermediate_size=32),
+    shared=SharedSpec(width=32),
+    apply_routed_scale_to_output=False,
+)
+
+
+class Recorder:
+    """In place of a GPU: what was run token by token, what was recorded, and what was replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs, self.records, self.replayed, self.error = 0, 0, 0, ""
+        monkeypatch.setattr(subject, "_plain", lambda x: True)
+        monkeypatch.setattr(subject, "_recorded", self._recorded)
+        monkeypatch.setattr(subject, "Stage", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self)
+        self.cuda_stream = 7
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return x * self.w.w2.sum()
+
+    def _recorded(self, run, like, stage):
+        self.records += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        seen = float(self.w.w2.sum())  # as a graph reads what lay there
+
+        def replay(x):
+            self.replayed += 1
+            return x * seen
+
+        return replay
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.runs, self.records, self.replayed
+
+
+@pytest.fixture
+def gpu_like(monkeypatch):
+    found = Recorder(monkeypatch)
+    found.weights = make_weights(SPEC, 0)
+    found.w = found.weights.experts[0]
+    return found
+
+
+def call(replays: Replays, like: Recorder, tokens: int = 3, plan: object = "plan") -> None:
+    x = torch.randn(tokens, 64)
+    assert torch.equal(replays(like.run, x, like.weights, plan), x * like.weights.experts[0].w2.sum())
+
+
+def test_the_second_call_records_and_later_ones_replay(gpu_like):
+    replays = Replays()
+    for expected in ((1, 0, 0), (1, 1, 1), (1, 1, 2)):
+        call(replays, gpu_like)
+        assert gpu_like.counts == expected
+
+
+def test_sizes_plans_and_streams_have_graphs_of_their_own(gpu_like):
+    replays = Replays()
+    for _ in range(3):
+        call(replays, gpu_like)
+        call(replays, gpu_like, tokens=4)
+        call(replays, gpu_like, plan="other")
+    assert gpu_like.counts == (3, 3, 6)
+    gpu_like.cuda_stream = 8
+    call(replays, gpu_like)
+    assert gpu_like.counts == (4, 3, 6)
+
+
+def test_weights_that_moved_are_seen(gpu_like):
+    replays = Replays()
+    for _ in range(3):
+        call(replays, gpu_like)
+    gpu_like.weights = make_weights(SPEC, 1)
+    gpu_like.w = gpu_like.weights.experts[0]
+    for expected in ((2, 1, 2), (2, 2, 3), (2, 2, 4)):
+        call(replays, gpu_like)
+        assert gpu_like.counts == expected
+
+
+def test_weights_that_lie_elsewhere_each_time_are_never_recorded(gpu_like):
+    replays = Replays()
+    kept = []
+    for seed in range(5):
+        kept.append(gpu_like.weights)
+        gpu_like.weights = make_weights(SPEC, seed)
+        gpu_like.w = gpu_like.weights.experts[0]
+        call(replays, gpu_like)
+    assert gpu_like.counts == (5, 0, 0)
+
+
+@pytest.mark.parametrize("tokens", [0, MOST_TOKENS + 1])
+def test_no_tokens_and_many_are_run_plainly(gpu_like, tokens):
+    replays = Replays()
+    for _ in range(3):
+        call(replays, gpu_like, tokens)
+    assert gpu_like.counts == (3, 0, 0)
+
+
+def test_no_more_graphs_than_the_limit(gpu_like, monkeypatch):
+    monkeypatch.setattr(subject, "_MOST_GRAPHS", 2)
+    replays = Replays()
+    for _ in range(3):
+        for tokens in (1, 2, 3):
+            call(replays, gpu_like, tokens)
+    assert gpu_like.counts == (5, 2, 4)
+
+
+def test_what_cannot_be_recorded_is_said_once_and_runs(gpu_like):
+    gpu_like.error = "operation not permitted\nmore"
+    replays = Replays()
+    call(replays, gpu_like)
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph: operation not permitted$"):
+        call(replays, gpu_like)
+    for _ in range(3):
+        call(replays, gpu_like)
+    assert gpu_like.counts == (5, 1, 0)
+
+
+def verbs(spec: MoESpec = SPEC, options: Options | None = None, layout: Layout | None = None) -> Verbs:
+    layout = layout or Layout()
+    plan = resolve(spec, layout, make_weights(spec, 0).meta(), "cuda", options or Options(grad=False))
+    comm = comm_of(None)
+    return Verbs(plan, comm, SlotMap(layout, spec.num_experts))
+
+
+def test_which_layers_are_recorded():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert verbs().replayable
+    assert not verbs(options=Options(grad=False, graphs=False)).replayable
+    assert not verbs(options=Options(grad=True)).replayable
+    assert not verbs(options=Options(grad=False, backend="eager")).replayable  # it asks the GPU how many tokens there are
+    drawn = dataclasses.replace(SPEC, routing=dataclasses.replace(SPEC.routing, simulate="uniform"))
+    assert not verbs(drawn).replayable
+    own = dataclasses.replace(SPEC, input_transform=TransformSpec(ops=(Custom(in_features=64, out_features=64, linear=False),)))
+    assert not verbs(own).replayable
+
+
+# On a GPU
+
+
+def layers(spec: MoESpec = SPEC, dtype: torch.dtype = torch.bfloat16, **options: bool) -> tuple[MoERunner, MoERunner]:
+    """One layer twice: with graphs and without."""
+    weights = {n: t.to("cuda", dtype) for n, t in tensors(make_weights(spec, 0)).items()}
+    return MoERunner(spec, weights, options=Options(**options)), MoERunner(
+        spec, weights, options=Options(graphs=False, **options)
+    )
+
+
+def tensors(w: LayerWeights) -> dict[str, torch.Tensor]:
+    return {**{n: e.tensor for n, e in w.experts[0].tensors.items()}, **w.tensors}
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("inference", [False, True])
+def test_replays_give_the_same_bits(dtype, inference):
+    graphs, plain = layers(dtype=dtype)
+    with torch.inference_mode(inference), torch.no_grad():
+        for tokens in (1, 2, 8, 33, 64, 65, 0, 1):
+            for _ in range(4):
+                x = torch.randn(tokens, 64, device="cuda", dtype=dtype)
+                before = x.clone()
+                y = graphs(x)
+                assert torch.equal(y, plain(x))
+                assert torch.equal(x, before)
+    with torch.no_grad():  # what was made under inference_mode serves outside it
+        x = torch.randn(2, 64, device="cuda", dtype=dtype)
+        assert torch.equal(graphs(x), plain(x))
+    assert any(seen.replay for seen in graphs._replays._seen.values())
+
+
+@gpu
+def test_a_result_is_not_overwritten_by_the_next():
+    graphs, plain = layers()
+    with torch.no_grad():
+        xs = [torch.randn(4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+        ys = [graphs(x) for x in xs]
+        assert all(torch.equal(y, plain(x)) for x, y in zip(xs, ys, strict=True))
+
+
+@gpu
+def test_weights_changed_in_place_or_put_elsewhere():
+    graphs, plain = layers()
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            graphs(x)
+        for one in (graphs, plain):
+            one.w2.mul_(2)
+            break  # both hold the same tensor
+        assert torch.equal(graphs(x), plain(x))
+        for one in (graphs, plain):
+            one.w2 = one.w2.clone() * 3
+        for _ in range(3):
+            assert torch.equal(graphs(x), plain(x))
+
+
+@gpu
+def test_gradients_autocast_and_outer_graphs_are_left_alone():
+    graphs, plain = layers()
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            graphs(x)
+        outer = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(outer):
+            y = graphs(x)
+        x.normal_()
+        outer.replay()
+        assert torch.equal(y, plain(x))
+    held = x.clone().requires_grad_()
+    graphs(held).sum().backward()
+    assert held.grad is not None
+    assert held.grad.abs().sum() > 0
+
+
+@gpu
+def test_threads_on_one_stream_and_on_their_own():
+    graphs, plain = layers()
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        stream = torch.cuda.Stream() if index % 2 else torch.cuda.default_stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(100):
+                x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+                if not torch.equal(graphs(x), plain(x)):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@gpu
+def test_many_layers_share_what_they_need():
+    pairs = [layers() for _ in range(12)]
+    x = torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            y, expected = x, x
+            for graphs, plain in pairs:
+                y, expected = graphs(y), plain(expected)
+            assert torch.equal(y, expected)
+    assert len(subject._stages) == 1
+    again = copy.deepcopy(pairs[0][0])
+    with torch.no_grad():
+        assert torch.equal(again(x), pairs[0][1](x))
+    del pairs, again, graphs
+    assert not subject._stages
