@@ -48,7 +48,7 @@ class Script:
         self.end = time.monotonic() + options.seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = None
-        self.batches, self.prompts = ((1, 2), (32, 64)) if self.tiny else ((1, 32), (2048, 8192))
+        self.batches, self.prompts = ((1, 2), (32, 64)) if self.tiny else ((1, 8, 32), (2048, 8192))
         if self.tiny:
             bench.MODELS[NAME] |= TINY
 
@@ -60,20 +60,16 @@ class Script:
         return {"bytes": sum(p.nbytes for p in self.model.parameters())}
 
     def as_generate(self) -> dict[str, Any]:
-        return self._measure("generate", shares=True)
+        """What `moerunner.generate` runs, and what its parts cost."""
+        return self._measure(["generate"], shares=True)
 
-    def patched(self) -> dict[str, Any]:
-        return self._measure("patched", shares=False)
+    def turns(self) -> dict[str, Any]:
+        """Every implementation, one after the other, several times: a host's speed changes by a third within a minute."""
+        return self._measure(["generate", "patched", "grouped_mm", "batched_mm"], shares=False)
 
-    def grouped_mm(self) -> dict[str, Any]:
-        return self._measure("grouped_mm", shares=False)
-
-    def batched_mm(self) -> dict[str, Any]:
-        return self._measure("batched_mm", shares=False)
-
-    def _measure(self, name: str, shares: bool) -> dict[str, Any]:
+    def _measure(self, names: list[str], shares: bool) -> dict[str, Any]:
         sizes = {"batches": self.batches, "prompts": self.prompts, "shares": shares, "seconds": self.left()}
-        found = bench.measure(self.model, dtype=torch.bfloat16, device=self.device, implementations=[name], **sizes)
+        found = bench.measure(self.model, dtype=torch.bfloat16, device=self.device, implementations=names, **sizes)
         return {key: found[key] for key in ("decode", "prefill")}
 
     def generate(self) -> list[dict[str, Any]]:
@@ -210,7 +206,7 @@ def main() -> None:
     found: dict[str, Any] = {"environment": collect() | {"cpus": os.cpu_count()}, "layers": script.layers, "seconds": {}}
     parts: list[tuple[Callable[[], Any], float]] = [  # and the seconds that a part needs at least
         (script.build, 0), (script.as_generate, 8), (script.generate, 6), (script.kernels, 6), (script.families, 8),
-        (script.patched, 6), (script.grouped_mm, 6), (script.batched_mm, 6), (script.loading, 15),
+        (script.turns, 20), (script.loading, 15),
     ]  # fmt: skip
     for part, needs in parts:
         name, start = part.__name__, time.monotonic()

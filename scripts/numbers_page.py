@@ -67,15 +67,19 @@ def layer_rows(data: Row) -> list[Row]:
 
 
 def step_rows(data: Row) -> list[Row]:
-    """A row for each step of each implementation: inside a CUDA graph where there is one, else launched from Python."""
+    """A row for each step of each implementation: launched from Python, and another inside a CUDA graph where there is one."""
     found = []
     for part in data.values():
         if not (isinstance(part, dict) and isinstance(part.get("decode"), list)):
             continue
         model = f"{data.get('model', 'Qwen3-30B-A3B')}, {data['layers']} layers"
         for row in part["decode"]:
-            how = " in a CUDA graph" if row.get("graph") else ""
-            found.append({**row, "model": model, "what": f"decode, batch {row['batch']}{how}", "place": row["batch"]})
+            place = {"model": model, "place": row["batch"]}
+            if row.get("graph"):
+                found.append({**row, **place, "what": f"decode, batch {row['batch']} in a CUDA graph"})
+                place["place"] += 10**5
+            how = ", launched from Python" if row.get("graph") else ""
+            found.append({**row, **place, "graph": None, "what": f"decode, batch {row['batch']}{how}"})
         for row in part.get("prefill", ()):
             found.append({**row, "model": model, "what": f"prefill, {row['tokens']:,} tokens", "place": 10**6 + row["tokens"]})
     return found

@@ -34,7 +34,7 @@ def test_every_row_is_measured(config):
     assert (found["layers"], found["model"]) == (2, "qwen3_moe")
     assert config.num_hidden_layers == 4, "the caller's config was changed"
     assert [(row["batch"], row["implementation"]) for row in found["decode"]] == [
-        (batch, name) for name in ("grouped_mm", "generate") for batch in (1, 3)
+        (batch, name) for batch in (1, 3) for name in ("grouped_mm", "generate")
     ]
     for row in found["decode"] + found["prefill"]:
         assert row["python"] > 0

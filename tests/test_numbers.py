@@ -54,6 +54,7 @@ def test_whole_models(tmp_path):
     table = numbers.tables(False, tmp_path)
     assert "| model | step | floor | moerunner generate | Transformers grouped_mm |" in table
     assert "12 layers | decode, batch 8 in a CUDA graph | 5.00 | 10.00 | 20.00 |" in table
+    assert "12 layers | decode, batch 8, launched from Python | 5.00 | 1000.00 | 1000.00 |" in table
     assert "12 layers | prefill, 2,048 tokens | 50.00 | 100.00 | - |" in table
 
 

@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "patched", "generate")
 """Transformers' own, by the names of its `experts_implementation`; the patched model; and as `moerunner.generate` runs that."""
 
-_WARM, _STEPS, _REPLAYS, _PREFILLS = 2, 8, 24, 4
+_TURNS, _WARM, _STEPS, _REPLAYS, _PREFILLS = 3, 2, 8, 24, 3
 _PARTS = ("moe", "attention")
 
 
@@ -84,10 +84,11 @@ def measure(
         peaks: of the device, for the floor; None measures them.
 
     Returns:
-        {"model", "layers", "dtype", "device", "context", "decode": [...], "prefill": [...]}. A row of `decode` has batch,
-        implementation, `python` and `graph` (seconds of a step launched from Python and inside a CUDA graph; None where that
-        cannot be, with the reason in `note`), `floor`, and `share`: seconds of moe, attention, head, rest and launch. A row of
-        `prefill` has tokens and `python` in their place.
+        {"model", "layers", "dtype", "device", "context", "decode": [...], "prefill": [...]}. The implementations of one size
+        take turns, and a time is the median of the turns. A row of `decode` has batch, implementation, `python` and `graph`
+        (seconds of a step launched from Python and inside a CUDA graph; None where that cannot be, with the reason in `note`),
+        `floor`, and `share`: seconds of moe, attention, head, rest and launch. A row of `prefill` has tokens and `python` in
+        their place.
 
     Raises:
         SpecError: an unknown implementation or name. Others as `load` does.
@@ -109,21 +110,22 @@ def measure(
         "decode": [],
         "prefill": [],
     }
+    ready = []
+    for name in chosen:
+        if name in ("patched", "generate") or hasattr(model, "set_experts_implementation"):
+            ready.append(name)
+        else:
+            found["decode"].append({"implementation": name, "python": None, "note": "this Transformers does not have it"})
     with torch.no_grad():
-        for name in chosen:
-            try:
-                ready = _implementation(model, name)
-            except (ValueError, UnsupportedError) as reason:
-                found["decode"].append({"implementation": name, "python": None, "note": str(reason)})
-                continue
-            with ready:
-                prefill = partial(_prefill, static=name == "generate")
-                for key, sizes, run in (("decode", batches, _decode), ("prefill", prompts, prefill)):
-                    for size in sizes:
-                        if time.monotonic() < end:
-                            row = _guarded(run, model, size, context, shares)
-                            row["floor"] = floor(model, size, key, peaks, context)
-                            found[key].append({"batch" if key == "decode" else "tokens": size, "implementation": name} | row)
+        for key, sizes in (("decode", batches), ("prefill", prompts)):
+            for size in sizes:
+                rows = _in_turns(model, ready, key, size, context, end)
+                for name, row in rows.items():
+                    if shares and row["python"] is not None and time.monotonic() < end:
+                        with _as(model, name):
+                            row["share"] = _share(partial(_times(key), model, size, context, name), row, model, size, key)
+                    row["floor"] = floor(model, size, key, peaks, context)
+                    found[key].append({"batch" if key == "decode" else "tokens": size, "implementation": name} | row)
     return found
 
 
@@ -174,34 +176,52 @@ def _as(model: Any, name: str) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _implementation(model: Any, name: str) -> Any:
-    if name not in ("patched", "generate") and not hasattr(model, "set_experts_implementation"):
-        raise UnsupportedError(f"this Transformers has no implementation {name}", where=type(model).__name__)
-    return _as(model, name)
+def _in_turns(model: Any, names: Sequence[str], key: str, size: int, context: int, end: float) -> dict[str, dict[str, Any]]:
+    """A row for each implementation, the median of rounds in which each has its turn: a host's speed changes by a third."""
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(_TURNS):
+        for name in names:
+            if time.monotonic() < end:
+                rounds.setdefault(name, []).append(_guarded(model, key, size, context, name))
+    rows = {}
+    for name, taken in rounds.items():
+        rows[name] = next((row for row in taken if row["python"] is None), dict(taken[0]))
+        for how in ("python", "graph"):
+            if rows[name].get(how) is not None:
+                rows[name][how] = statistics.median(row[how] for row in taken if row[how] is not None)
+    return rows
 
 
-def _guarded(run: Callable[..., dict[str, Any]], model: Any, *how: Any) -> dict[str, Any]:
-    """A result, or why there is none: one implementation's failure must not hide the others."""
+def _guarded(model: Any, key: str, size: int, context: int, name: str) -> dict[str, Any]:
+    """One turn, or why there is none: one implementation's failure must not hide the others."""
     try:
-        return run(model, *how)
-    except (RuntimeError, NotImplementedError, Unfit) as error:  # out of memory too
+        with _as(model, name):
+            return _times(key)(model, size, context, name)
+    except (RuntimeError, NotImplementedError, ValueError, UnsupportedError, Unfit) as error:  # out of memory too
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {"python": None, "graph": None, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
-def _decode(model: Any, batch: int, context: int, shares: bool) -> dict[str, Any]:
+def _share(times: Callable[[], dict[str, Any]], row: dict[str, Any], model: Any, size: int, key: str) -> dict[str, float]:
+    """Seconds of each part: of the whole less those without it."""
+    whole, share = _of_gpu(row), {}
+    for part in _PARTS:
+        with without(model, part):
+            share[part] = whole - _of_gpu(times())
+    share["head"] = _head(model, size if key == "decode" else 1)
+    share["rest"] = whole - sum(share.values())
+    return share | ({"launch": row["python"] - whole} if key == "decode" else {})
+
+
+def _of_gpu(row: dict[str, Any]) -> float:
+    """Seconds without those of launching, where there is a graph."""
+    return row["python"] if row.get("graph") is None else row["graph"]
+
+
+def _decode(model: Any, batch: int, context: int, name: str) -> dict[str, Any]:
     python, graph, note = _step(model, batch, context)
-    row: dict[str, Any] = {"python": python, "graph": graph, "note": note}
-    if shares:
-        whole, share = python if graph is None else graph, {}
-        for part in _PARTS:
-            with without(model, part):
-                less = _step(model, batch, context)
-            share[part] = whole - (less[0] if less[1] is None else less[1])
-        share["head"] = _head(model, batch)
-        row["share"] = share | {"rest": whole - sum(share.values()), "launch": python - whole}
-    return row
+    return {"python": python, "graph": graph, "note": note}
 
 
 def _step(model: Any, batch: int, context: int) -> tuple[float, float | None, str]:
@@ -222,27 +242,19 @@ def _step(model: Any, batch: int, context: int) -> tuple[float, float | None, st
     return python, graph if step.captured else None, step.note
 
 
-def _prefill(model: Any, tokens: int, context: int, shares: bool, *, static: bool) -> dict[str, Any]:
-    """static: into the cache that `generate` has, otherwise into Transformers' own."""
+def _prefill(model: Any, tokens: int, context: int, name: str) -> dict[str, Any]:
+    """Into the cache that `generate` has, if this is it, otherwise into Transformers' own."""
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), device=model.device)
 
     def prefill() -> object:
-        cache = {"past_key_values": static_cache(model, tokens)} if static else {}
+        cache = {"past_key_values": static_cache(model, tokens)} if name == "generate" else {}
         return model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
 
-    def run() -> float:
-        return _median(prefill, _PREFILLS)
+    return {"python": _median(prefill, _PREFILLS), "note": ""}
 
-    whole = run()
-    row: dict[str, Any] = {"python": whole, "note": ""}
-    if shares:
-        share: dict[str, float] = {}
-        for part in _PARTS:
-            with without(model, part):
-                share[part] = whole - run()
-        share["head"] = _head(model, 1)
-        row["share"] = share | {"rest": whole - sum(share.values())}
-    return row
+
+def _times(key: str) -> Callable[..., dict[str, Any]]:
+    return _decode if key == "decode" else _prefill
 
 
 def _head(model: Any, rows: int) -> float:
