@@ -227,11 +227,11 @@ class Verbs:
             shared = None if shared is None else shared * spec.routed_scaling_factor
         return dataclasses.replace(topk, ids=ids, weights=weights, scaled=self._scales_weights, shared_weights=shared)
 
-    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK) -> Work[Tensor | None]:
-        """The shared experts on the caller's tokens, under way where the plan has them on a side stream."""
+    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK, *, alone: bool = False) -> Work[Tensor | None]:
+        """The shared experts on the caller's tokens, under way where the plan has them on a side stream, unless alone."""
         if self._shared is None:
             return Work(lambda: None)
-        if 0 < x_TH.shape[0] <= self._side_tokens:
+        if 0 < x_TH.shape[0] <= self._side_tokens and not alone:
             return beside(partial(self._shared, x_TH, w.tensors, topk.shared_weights), self._side, x_TH, topk.shared_weights)
         y = self._shared(x_TH, w.tensors, topk.shared_weights)
         return Work(lambda: y)

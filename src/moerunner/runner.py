@@ -103,8 +103,8 @@ class MoERunner(nn.Module):
             out = self._run(v, w, x_TH, topk=topk, **said)
         return out if v.plan.wanted == "shard" else out.reshape(x.shape)
 
-    def _run(self, v: Verbs, w: LayerWeights, x_TH: Tensor, **said: Any) -> Tensor:
-        """The plan's steps on tokens [T, H]. said: of the router's input, or its answer."""
+    def _run(self, v: Verbs, w: LayerWeights, x_TH: Tensor, *, alone: bool = False, **said: Any) -> Tensor:
+        """The plan's steps on tokens [T, H]. alone: on one stream. said: of the router's input, or its answer."""
         chosen = v.route(x_TH, w, **said)
         if self.loads is not None:
             self.loads.add(chosen, self._slots)
@@ -113,7 +113,7 @@ class MoERunner(nn.Module):
         routed = v.pad(routed, w)
         x_TH, routed, chosen, w = v.spread(x_TH, routed, chosen, w)
         travelling = v.dispatch(routed, chosen)
-        shared = v.shared(x_TH, w, chosen)
+        shared = v.shared(x_TH, w, chosen, alone=alone)
         rows, trip = travelling.wait()
         routed = v.experts(rows, trip, w)
         routed = v.row_norm(routed, w)

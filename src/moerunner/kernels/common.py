@@ -79,13 +79,14 @@ def launch(
         made = kernel[grid](*args, PDL=pdl, num_warps=warps, num_stages=stages, **extra)
     if len(_ready) >= _MOST_READY:
         _ready.clear()
-    _ready[key] = made
+    if hasattr(made, "__getitem__"):  # nothing, or a promise, while Triton is told to compile otherwise
+        _ready[key] = made
 
 
 def _compiled_for(arg: Any) -> Any:
     """What of an argument decides which kernel is compiled: of a number its value, which is more than Triton looks at."""
     if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
+        return arg.dtype, arg.data_ptr() % 16 == 0, torch.version.hip and arg.untyped_storage().size() < 2**31
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, *arg.block_shape
     return arg

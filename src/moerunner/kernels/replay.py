@@ -2,35 +2,45 @@
 CUDA graph, and later calls launch that.
 
 A graph reads the weights where they lay when it was recorded. Their places are compared at every call, so that whatever
-happens to a layer's tensors is seen.
+happens to a layer's tensors is seen. PyTorch's switches for matrix products are those of the recording.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moerunner.values import LayerWeights
 
 MOST_TOKENS = 64
 _MOST_GRAPHS = 2 * MOST_TOKENS  # of a layer; a size beyond them is launched kernel by kernel
+_PLAIN = (Tensor, torch.nn.Parameter)
+_lock = threading.Lock()
+"""Nothing of another thread comes between what one call gives the stream; nor a replay into a recording, whose random
+generators PyTorch up to 2.12 shares."""
+
+
+class Run(Protocol):
+    """A layer: tokens [T, H] in, [T, H] out. alone: on the current stream and no other."""
+
+    def __call__(self, x_TH: Tensor, *, alone: bool = False) -> Tensor: ...
 
 
 class Stage:
-    """Of one stream: where graphs find their tokens and leave their result, until the next replay.
-
-    One serves all layers. lock: nothing of another thread comes between what one call gives the stream.
-    """
+    """Of one stream: where graphs find their tokens and leave their result, until the next replay. One serves all layers."""
 
     def __init__(self, device: torch.device) -> None:
-        self.lock, self.pool, self.side = threading.Lock(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.side = torch.cuda.Stream(device, priority=-1)  # PyTorch deals out few streams; of these it is seldom asked for one
         self._rows: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,71 +68,93 @@ class _Seen:
 class Replays:
     """The graphs of one layer."""
 
+    refused = False
+    """For all layers: a recording failed, after which PyTorch may not be able to make another."""
+
     def __init__(self) -> None:
         self._seen: dict[Hashable, _Seen] = {}
-        self._refused = False
 
-    def __call__(self, run: Callable[[Tensor], Tensor], x_TH: Tensor, w: LayerWeights, plan: Hashable) -> Tensor:
-        """`run(x_TH)`, [T, H] in x's dtype, as one launch if it ran before with these weights for so many tokens.
+    def __call__(self, run: Run, x_TH: Tensor, w: LayerWeights, plan: Hashable) -> Tensor:
+        """`run(x_TH)`, as one launch if it ran twice before with these weights for so many tokens.
 
         plan: which function `run` is. Its result must depend on the tokens and on the weights alone.
         """
-        if self._refused or not 0 < x_TH.shape[0] <= MOST_TOKENS or not _plain(x_TH):
+        if torch.compiler.is_compiling() or Replays.refused or not 0 < x_TH.shape[0] <= MOST_TOKENS or not _plain(x_TH):
+            return run(x_TH)
+        places = _places(w)
+        if places is None or (torch.is_grad_enabled() and (x_TH.requires_grad or w.requires_grad)):
             return run(x_TH)
         where = x_TH.device, torch.cuda.current_stream(x_TH.device).cuda_stream
-        key, places = (plan, x_TH.shape, where), _places(w)
+        key = plan, x_TH.shape, where
         seen = self._seen.get(key)
         if seen is None or seen.places != places:
             if seen is not None or len(self._seen) < _MOST_GRAPHS:
                 self._seen[key] = _Seen(places)
             return run(x_TH)
-        if seen.replay is None:
-            stage = _stages.get(where) or Stage(x_TH.device)
-            _stages[where] = stage
-            try:
-                seen.replay = _recorded(run, x_TH, stage)
-            except RuntimeError as error:
-                self._refused = True
-                what = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"a layer's launches cannot be recorded as a CUDA graph: {what}", stacklevel=3)
-                return run(x_TH)
-        return seen.replay(x_TH)
+        if seen.replay is not None:
+            return seen.replay(x_TH)
+        stage = _stages.get(where) or Stage(x_TH.device)
+        _stages[where] = stage
+        try:
+            seen.replay, out = _recorded(run, x_TH, stage)
+        except RuntimeError as error:
+            Replays.refused = True
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"layers' launches are not recorded as CUDA graphs, since one failed: {what}", stacklevel=3)
+            return run(x_TH)
+        return out
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether a call does nothing but run kernels on the current stream: no one records, compiles, counts or casts them."""
+    """Whether a call does nothing but run kernels on the current stream: nobody records, counts or differentiates them."""
     return (
         x.is_cuda
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and type(x) in _PLAIN
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")
+        and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
-def _places(w: LayerWeights) -> list[Any]:
-    """Where every tensor lies and how."""
+def _places(w: LayerWeights) -> list[Any] | None:
+    """Where every tensor lies and how; None if one is of a kind that does not tell."""
     tensors = [entry.tensor for one in w.experts for entry in one.tensors.values()]
-    return [(t.data_ptr(), t.shape, t.stride()) for t in (*tensors, *w.tensors.values())]
+    tensors += w.tensors.values()
+    if any(type(t) not in _PLAIN for t in tensors):
+        return None
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
-def _recorded(run: Callable[[Tensor], Tensor], like: Tensor, stage: Stage) -> Callable[[Tensor], Tensor]:
-    """`run` for tokens of this number as one launch. Nothing runs yet, and other threads may allocate meanwhile."""
-    graph, current, (x, out) = torch.cuda.CUDAGraph(), torch.cuda.current_stream(like.device), stage.rows(like)
-    with stage.lock:
+def _recorded(run: Run, x_TH: Tensor, stage: Stage) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`run` for tokens of this number as one launch, and its result for these.
+
+    These are run from where the graph reads them, so that every kernel and library is loaded when the recording begins.
+    """
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(x_TH.device)
+    x, out = stage.rows(x_TH)
+    with _lock:
+        x.copy_(x_TH)
+        first = run(x, alone=True).clone()
         stage.side.wait_stream(current)
         with torch.cuda.stream(stage.side):
-            graph.capture_begin(pool=stage.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=stage.pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
             try:
-                out.copy_(run(x))
-            finally:
-                graph.capture_end()
+                out.copy_(run(x, alone=True))
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # that of the error itself
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(stage.side)
 
     def replay(x_TH: Tensor) -> Tensor:
-        with stage.lock:
+        with _lock:
             x.copy_(x_TH)
             graph.replay()
             return out.clone()
 
-    return replay
+    replay.stage = stage  # type: ignore[attr-defined] # which lives as long as one of its graphs
+    return replay, first
