@@ -96,7 +96,7 @@ class MoERunner(nn.Module):
             "input_ids": input_ids,
             "token_types": token_types,
         }
-        said = {name: value for name, value in said.items() if value is not None}
+        said: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         if v.replayable and topk is None and not said and self.loads is None:
             out = self._replays(partial(self._run, v, w), x_TH, w, v)
         else:
