@@ -231,7 +231,7 @@ class Verbs:
         """The shared experts on the caller's tokens, under way where the plan has them on a side stream, unless alone."""
         if self._shared is None:
             return Work(lambda: None)
-        if 0 < x_TH.shape[0] <= self._side_tokens and not alone:
+        if 0 < x_TH.shape[0] <= self._side_tokens and not (alone or torch.compiler.is_compiling()):
             return beside(partial(self._shared, x_TH, w.tensors, topk.shared_weights), self._side, x_TH, topk.shared_weights)
         y = self._shared(x_TH, w.tensors, topk.shared_weights)
         return Work(lambda: y)

@@ -47,6 +47,7 @@ def prefetch(pointer):
 _ready: dict[tuple[Any, ...], Any] = {}
 """Compiled kernels by everything that Triton compiles them for; it takes 30 to 60 us to find one by itself, this takes 5."""
 _MOST_READY = 4096
+_NUMBERS = {int, float, bool, str, type(None)}
 
 
 def launch(
@@ -67,7 +68,7 @@ def launch(
     if INTERPRETING:
         kernel[grid](*args, PDL=False, num_warps=warps, num_stages=stages)
         return
-    key = (kernel.fn, device, warps, stages, first, exact, *[_compiled_for(a) for a in args])
+    key = (kernel.fn, device, warps, stages, first, exact, *[a if type(a) in _NUMBERS else _compiled_for(a) for a in args])
     pdl, found = _hopper(device), _ready.get(key)
     with current(device):
         if found is not None:
@@ -84,7 +85,7 @@ def launch(
 
 
 def _compiled_for(arg: Any) -> Any:
-    """What of an argument decides which kernel is compiled: of a number its value, which is more than Triton looks at."""
+    """What of an argument decides which kernel is compiled; of a number it is the value, which is more than Triton looks at."""
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0, torch.version.hip and arg.untyped_storage().size() < 2**31
     if isinstance(arg, TensorDescriptor):

@@ -7,26 +7,23 @@ happens to a layer's tensors is seen. PyTorch's switches for matrix products are
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from moerunner.kernels import nvrtc
 from moerunner.values import LayerWeights
 
 MOST_TOKENS = 64
 _MOST_GRAPHS = 2 * MOST_TOKENS  # of a layer; a size beyond them is launched kernel by kernel
 _PLAIN = (Tensor, torch.nn.Parameter)
-_lock = threading.Lock()
-"""Nothing of another thread comes between what one call gives the stream; nor a replay into a recording, whose random
-generators PyTorch up to 2.12 shares."""
 
 
 class Run(Protocol):
@@ -36,10 +33,13 @@ class Run(Protocol):
 
 
 class Stage:
-    """Of one stream: where graphs find their tokens and leave their result, until the next replay. One serves all layers."""
+    """Of one stream: where graphs find their tokens and leave their result, until the next replay. One serves all layers.
 
-    def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    lock: nothing of another thread comes between what one call gives the stream.
+    """
+
+    def __init__(self, device: torch.device, stream: int) -> None:
+        self.lock, self.stream, self.pool = threading.Lock(), stream, torch.cuda.MemPool()
         self.side = torch.cuda.Stream(device, priority=-1)  # PyTorch deals out few streams; of these it is seldom asked for one
         self._rows: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
@@ -54,7 +54,7 @@ class Stage:
         return first[: x.shape[0]], second[: x.shape[0]]
 
 
-_stages: WeakValueDictionary[Hashable, Stage] = WeakValueDictionary()
+_stages: weakref.WeakValueDictionary[Hashable, Stage] = weakref.WeakValueDictionary()
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Replays:
     """The graphs of one layer."""
 
     refused = False
-    """For all layers: a recording failed, after which PyTorch may not be able to make another."""
+    """For all layers: a recording failed, as others would."""
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, _Seen] = {}
@@ -93,11 +93,11 @@ class Replays:
             return run(x_TH)
         if seen.replay is not None:
             return seen.replay(x_TH)
-        stage = _stages.get(where) or Stage(x_TH.device)
-        _stages[where] = stage
         try:
+            stage = _stages.get(where) or Stage(*where)
+            _stages[where] = stage
             seen.replay, out = _recorded(run, x_TH, stage)
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             Replays.refused = True
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"layers' launches are not recorded as CUDA graphs, since one failed: {what}", stacklevel=3)
@@ -114,7 +114,7 @@ def _plain(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cuda")
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and forward_ad._current_level < 0
     )
 
@@ -131,30 +131,35 @@ def _places(w: LayerWeights) -> list[Any] | None:
 def _recorded(run: Run, x_TH: Tensor, stage: Stage) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """`run` for tokens of this number as one launch, and its result for these.
 
-    These are run from where the graph reads them, so that every kernel and library is loaded when the recording begins.
+    These are run from where the graph reads them, so that every kernel and library is loaded when the recording begins. It is
+    made without `torch.cuda.CUDAGraph`, which until torch 2.12 forbids other threads to draw random numbers meanwhile.
+
+    Raises ImportError where cuda-bindings is missing, RuntimeError where CUDA refuses.
     """
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(x_TH.device)
-    x, out = stage.rows(x_TH)
-    with _lock:
+    driver, _ = nvrtc.bindings()
+    current, (x, out) = torch.cuda.current_stream(x_TH.device), stage.rows(x_TH)
+    side, mode = stage.side.cuda_stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    with stage.lock:
         x.copy_(x_TH)
         first = run(x, alone=True).clone()
         stage.side.wait_stream(current)
-        with torch.cuda.stream(stage.side):
-            graph.capture_begin(pool=stage.pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
+        with torch.cuda.stream(stage.side), torch.cuda.use_mem_pool(stage.pool):
+            nvrtc.checked(driver.cuStreamBeginCapture(side, mode), "begin to record")
             try:
                 out.copy_(run(x, alone=True))
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # that of the error itself
-                    graph.capture_end()
+                driver.cuStreamEndCapture(side)  # whose error would be that of this one
                 raise
-            graph.capture_end()
+            graph = nvrtc.checked(driver.cuStreamEndCapture(side), "end recording")
+        whole = nvrtc.checked(driver.cuGraphInstantiate(graph, 0), "prepare what it recorded")
+        driver.cuGraphDestroy(graph)
         current.wait_stream(stage.side)
 
     def replay(x_TH: Tensor) -> Tensor:
-        with _lock:
+        with stage.lock:
             x.copy_(x_TH)
-            graph.replay()
+            nvrtc.checked(driver.cuGraphLaunch(whole, stage.stream), "launch what it recorded")
             return out.clone()
 
-    replay.stage = stage  # type: ignore[attr-defined] # which lives as long as one of its graphs
+    weakref.finalize(replay, driver.cuGraphExecDestroy, whole).atexit = False
     return replay, first
