@@ -76,11 +76,11 @@ extern "C" {
 __attribute__((visibility("default"))) int moerunner_linear(const LinearCall* call) {
     switch (call->dtype) {
         case FLOAT32: return Linear<Float>(*call).run();
+        case BFLOAT16:
 #ifdef PAIRS
-        case BFLOAT16: return Linear<Pairs>(*call).run();
-#else
-        case BFLOAT16: return Linear<Bfloat>(*call).run();
+            if (call->x_dtype == BFLOAT16) return Linear<Pairs>(*call).run();  // it would round any other tokens to bfloat16
 #endif
+            return Linear<Bfloat>(*call).run();
         case FLOAT16: return Linear<Half>(*call).run();
     }
     return 2;
