@@ -7,7 +7,6 @@ batched_mm under torch.compile, and the path of the kernels. All take turns in o
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 from functools import cache
@@ -35,8 +34,6 @@ def rows(name: str, dtype: torch.dtype, tokens: list[int], only: set[str] | None
     """One per implementation and number of tokens; `eager`, seconds, is a median, `ratio` is to the floor of its own bytes."""
     shape, found = SHAPES[name], []
     peaks = measure_peaks("cpu", dtype)
-    flops = max(peaks.flops, measure_peaks("cpu", torch.float32).flops)  # a dtype may have no fast product
-    peaks = dataclasses.replace(peaks, flops=flops)
     weights = make_weights(shape, copies_of(shape, dtype), dtype, "cpu")
     able = _all(shape, dtype, weights) if library.why_not() == "" else implementations(shape, dtype, "cpu")[0]
     for count in tokens:

@@ -56,7 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "patched", "generate")
 """Transformers' own, by the names of its `experts_implementation`; the patched model; and as `moerunner.generate` runs that."""
 
-_TURNS, _WARM, _STEPS, _REPLAYS, _PREFILLS = 3, 2, 8, 24, 3
+_TURNS = {"decode": 3, "prefill": 8}
+_WARM, _STEPS, _REPLAYS, _PREFILLS = 2, 8, 24, 2
 _PARTS = ("moe", "attention")
 
 
@@ -179,7 +180,7 @@ def _as(model: Any, name: str) -> Iterator[None]:
 def _in_turns(model: Any, names: Sequence[str], key: str, size: int, context: int, end: float) -> dict[str, dict[str, Any]]:
     """A row for each implementation, the median of rounds in which each has its turn: a host's speed changes by a third."""
     rounds: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(_TURNS):
+    for _ in range(_TURNS[key]):
         for name in names:
             if time.monotonic() < end:
                 rounds.setdefault(name, []).append(_guarded(model, key, size, context, name))
