@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moerunner.bench import Shape, tune
 from moerunner.bench.experts import make_weights
 from moerunner.kernels import tables, tiles
-from moerunner.kernels.tiles import Few, Grouped, Product, Specialised
+from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Transposed
 
 OTHER = Grouped(16, Product(32, 32, 4, 2), Product(32, 32, 4, 2))
 SHAPE = dict(experts=8, top_k=2, hidden=64, inter=32, gated=True, dtype=torch.bfloat16)
@@ -108,15 +108,17 @@ def test_the_search_measures_few_tiles_once_and_finds_the_best_product(tokens, a
 
     def clock(one):
         asked.append(one)
-        if isinstance(one, Specialised):
+        if isinstance(one, Specialised | Transposed):
             return tune.Timed(one, 1e3)
         return tune.Timed(one, 1e-6 * (one.up.block_n + one.down.warps + 0.1 * getattr(one, "block_m", 0)))
 
     timed = tune._search(start, clock, able)
     assert len(asked) == len(set(asked)) == len(timed) <= 16
     assert timed[0].tiles == start
-    assert {one for one in asked if isinstance(one, Specialised)} == (set(tiles.specialised(start)) if able else set())
-    own = [t for t in timed if not isinstance(t.tiles, Specialised)]
+    assert {one for one in asked if isinstance(one, Specialised | Transposed)} == (
+        set(tiles.specialised(start)) if able else set()
+    )
+    own = [t for t in timed if not isinstance(t.tiles, Specialised | Transposed)]
     assert min(t.tiles.up.block_n for t in own) == min(own, key=lambda t: t.seconds).tiles.up.block_n
 
 

@@ -17,7 +17,7 @@ from cases import TILES, case, error  # noqa: E402
 
 from moerunner.kernels import hopper, nvrtc, tiles  # noqa: E402
 from moerunner.kernels.activation import KINDS  # noqa: E402
-from moerunner.kernels.tiles import Specialised  # noqa: E402
+from moerunner.kernels.tiles import Specialised, Transposed  # noqa: E402
 from moerunner.spec import ActivationSpec  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -55,13 +55,24 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in VARIANTS])
 def test_compiles_for_hopper_and_keeps_the_sums_in_registers(cache, name, rows):
     flags = {"PARTS": rows // 64, "COLUMNS": hopper.COLUMNS[rows], "COPIED": 0} | UP | VARIANTS[name]
-    nvrtc.compiled("hopper.cu", "sm_90a", [f"{flag}={value}" for flag, value in flags.items()])
-    (file,) = cache.iterdir()
-    said = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    compiles(cache, "hopper.cu", flags, 128 + 2 * rows, 0 if name in FEW else STACK)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "up" else [pytest.mark.slow]) for n in VARIANTS])
+def test_compiles_with_tokens_as_columns_too(cache, name):
+    if name != "copied":
+        flags = {"MOST": hopper.MOST, "COPIED": 0} | UP | VARIANTS[name]
+        compiles(cache, "transposed.cu", flags, 384, 0 if name in FEW else STACK)
+
+
+def compiles(cache, file, flags, threads, stack):
+    nvrtc.compiled(file, "sm_90a", [f"{flag}={value}" for flag, value in flags.items()])
+    (made,) = cache.iterdir()
+    said = subprocess.run([CUOBJDUMP, "-res-usage", made], capture_output=True, text=True, check=True).stdout
     used = re.search(r"grouped_product:\s+REG:(\d+) STACK:(\d+)", said)
     assert used, said
-    assert int(used[1]) * (128 + 2 * rows) <= 65536, "the registers at the start"
-    assert int(used[2]) <= (0 if name in FEW else STACK), said
+    assert int(used[1]) * threads <= 65536, "the registers at the start"
+    assert int(used[2]) <= stack, said
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -103,12 +114,12 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 
 def test_it_is_chosen_for_many_rows_where_it_runs_and_only_there():
     assert "NVIDIA GPUs only" in hopper.why_not(torch.device("cpu"))
-    for tokens, many in ((1, False), (512, False), (2560, Specialised(192)), (8192, Specialised(128))):
+    for tokens, many in ((1, False), (512, False), (2048, Transposed()), (2560, Specialised(192)), (8192, Specialised(128))):
         facts = dict(top_k=8, experts=128, hidden=2048, inter=768)
         chosen = tiles.choose(tokens, **facts, itemsize=2, specialised=True)
         without = tiles.choose(tokens, **facts, itemsize=2)
         assert chosen == (many or without)
-        assert not isinstance(without, Specialised)
+        assert not isinstance(without, Specialised | Transposed)
     assert tiles.choose(8192, 2, 8, 4096, 14336, itemsize=2, specialised=True) == Specialised(128, copied=True)
     assert not isinstance(tiles.choose(8192, 8, 128, 2048, 768, itemsize=4, specialised=True), Specialised)
 
@@ -119,7 +130,7 @@ def test_where_it_cannot_run_the_triton_tiles_serve(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or hopper.why_not(torch.device("cuda")) != "", reason="needs a Hopper GPU")
-@pytest.mark.parametrize("tiles", [Specialised(rows, copied) for rows in (128, 192) for copied in (False, True)], ids=str)
+@pytest.mark.parametrize("tiles", [*(Specialised(r, c) for r in (128, 192) for c in (False, True)), Transposed()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "facts",
@@ -133,6 +144,7 @@ def test_where_it_cannot_run_the_triton_tiles_serve(device):
         {"tokens": 700, "experts": 2, "top_k": 1, "skip": False},  # several blocks of rows, and what is left of the last
         {"tokens": 700, "experts": 1, "top_k": 1, "inter": 104, "skip": False},
         {"tokens": 420, "experts": 2, "top_k": 1, "inter": 640},  # an odd number of tiles of columns
+        *({"tokens": n, "experts": 1, "top_k": 1, "skip": False, "hidden": 208, "inter": 144} for n in (33, 97, 129, 161, 500)),
     ],
 )
 def test_equals_float64_on_a_gpu(facts, dtype, tiles):

@@ -18,7 +18,7 @@ from moerunner.kernels.few import few_down, few_gate_up
 from moerunner.kernels.grouped import copy_rows, down, gate_up, sum_slots
 from moerunner.kernels.operators import operator
 from moerunner.kernels.order import Tiled, order_slots
-from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Tiles
+from moerunner.kernels.tiles import Few, Grouped, Product, Specialised, Tiles, Transposed
 
 LAYOUTS = ("concat", "interleaved", "none")
 ROWS, SUMMED, FINAL = 0, 1, 2
@@ -103,7 +103,7 @@ def run(
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
         tiles = tables.choose(tokens, k, experts, hidden, inter, gated=layout != 2, dtype=x_TH.dtype, device=x_TH.device)
-    if isinstance(tiles, Specialised) and not _specialisable(x_TH, w13, w2):
+    if isinstance(tiles, Specialised | Transposed) and not _specialisable(x_TH, w13, w2, tiles):
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
     call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale)
@@ -133,7 +133,19 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
 
 
 def _grouped(
-    x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Grouped | Specialised
+    x,
+    ids,
+    weights,
+    w13,
+    w2,
+    b13,
+    b2,
+    layout,
+    activation,
+    input_weighting,
+    output,
+    scale,
+    tiles: Grouped | Specialised | Transposed,
 ) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     # Rows are returned as they are, so those without an expert must be zero; a sum does not read them.
@@ -141,12 +153,11 @@ def _grouped(
     h_RI = x.new_empty(tokens * k, inter)
     weighted = output != ROWS and not input_weighting
     operands = (x, w13, w2, b13, b2, weights, h_RI, y_SH)
-    if isinstance(tiles, Specialised):
-        _specialised(
-            *operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, 2 * tiles.rows)
-        )
+    how = (k, layout, activation, input_weighting, weighted)
+    if isinstance(tiles, Grouped):
+        _tiled(*operands, *how, tiles, order_slots(ids, experts, tiles.block_m))
     else:
-        _tiled(*operands, k, layout, activation, input_weighting, weighted, tiles, order_slots(ids, experts, tiles.block_m))
+        _specialised(*operands, *how, tiles, order_slots(ids, experts, hopper.rows_of(tiles)))
     if output == ROWS:
         return y_SH.view(tokens, k, hidden)
     out = _empty_output(x, ids, w2, output)
@@ -186,24 +197,27 @@ def _tiled(
 
 
 def _specialised(
-    x, w13, w2, b13, b2, weights, h_RI, y_SH, k, layout, activation, input_weighting, weighted, tiles: Specialised, order: Tiled
-) -> None:
+    x, w13, w2, b13, b2, weights, h_RI, y_SH, k, layout, activation, input_weighting, weighted,
+    tiles: Specialised | Transposed, order: Tiled,
+) -> None:  # fmt: skip
     """The two products by `hopper.py`."""
-    rest = (layout, activation, k, tiles.rows)
-    if tiles.copied:
+    rest = (layout, activation, k, tiles)
+    if isinstance(tiles, Specialised) and tiles.copied:
         (rows, hidden), tokens = y_SH.shape, x
         x = x.new_empty(rows, hidden)
         launch(
             copy_rows, (rows,), tokens, order.slot_R, x, k, hidden, tokens.stride(0), power_of_2(hidden),
             device=x.device, warps=4,
         )  # fmt: skip
-    hopper.product(x, w13, b13, weights, order, h_RI, *rest, up=True, weighted=input_weighting, copied=tiles.copied)
+    hopper.product(x, w13, b13, weights, order, h_RI, *rest, up=True, weighted=input_weighting)
     hopper.product(h_RI, w2, b2, weights, order, y_SH, *rest, up=False, weighted=weighted)
 
 
-def _specialisable(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
+def _specialisable(x: Tensor, w13: Tensor, w2: Tensor, tiles: Specialised | Transposed) -> bool:
     """Whether `hopper.py` can run it: on Hopper, 16-bit dtypes, rows of whole 16 bytes, weights that TMA can read."""
+    eights = (w13.shape[1] // 8, w2.shape[1] // 8)  # rows of weights, which `Transposed` takes in pairs
     whole = x.element_size() == 2 and all(n % 8 == 0 for n in w2.shape[1:])
+    whole = whole and not (isinstance(tiles, Transposed) and any(n % 2 for n in eights))
     rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return whole and rows and not hopper.why_not(x.device) and _describable(w13) and _describable(w2)
 

@@ -6,40 +6,14 @@
 // loads half of them and multicasts it to both; else both take the same rows, and weight rows next to each other. Within a
 // block one warp group loads through a ring of shared memory, PARTS multiply 64 rows each (wgmma).
 //
-// Compiled by hopper.py with PARTS and COLUMNS (2 and 256, or 3 and 192), UP, WEIGHTED, GATED, BIAS, COPIED (x has rows in expert
-// order), HALF (0: bfloat16, 1: float16) and those of the activation: KIND (index into activation.KINDS), LIMITED, CLAMP_AFTER,
-// GATE_CAPPED, UP_CAPPED.
+// Compiled with PARTS and COLUMNS (2 and 256, or 3 and 192), and what hopper.h names.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
+#include "hopper.h"
 
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-
-struct Args {  // as in hopper.py
-    const u16 *x;          // [T, H], GATHER only
-    const u16 *bias;       // of the weight rows, BIAS only
-    const float *weights;  // of the slots, WEIGHTED only
-    const int *slots;      // of the rows
-    const int *tiles;      // four of each 2 * ROWS rows: expert, the expert's first such tile, first row, end row
-    int *totals;           // tiles in all
-    int *turn;             // turns taken so far, 0 at the start
-    u16 *out;
-    u64 stride_bias_expert, stride_bias, stride_bias_half;
-    u32 stride_x_8;  // units of 16 bytes
-    int top_k, most_tiles, columns, depth, width;
-    float alpha, beta, limit, gate_softcap, up_softcap;
-};
-
-constexpr bool GATHER = UP && !COPIED;
 constexpr int ROWS = 64 * PARTS, DEPTH = 64, STAGES = 4, WIDTH = UP && GATED ? COLUMNS / 2 : COLUMNS;
 constexpr u32 PART_BYTES = 64 * DEPTH * 2, A_BYTES = PARTS * PART_BYTES, W_BYTES = COLUMNS * DEPTH * 2;
 constexpr u32 STAGE_BYTES = A_BYTES + W_BYTES;
 constexpr u32 BARRIERS = STAGES * STAGE_BYTES;  // full, empty, posted, read; then the two posts of 16 bytes
-
-__device__ u32 shared_address(const void *p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 __device__ u32 rank_in_cluster() {
     u32 r;
@@ -53,23 +27,8 @@ __device__ u32 in_block(u32 address, u32 block) {
     return there;
 }
 
-__device__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ void wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\nbra again;\nover:\n}" ::"r"(bar), "r"(parity)
-        : "memory");
-}
-
 __device__ void arrive_remote(u32 bar_in_cluster) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar_in_cluster) : "memory");
-}
-
-__device__ void expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
 __device__ void load_box(u32 to, const TensorMap *map, u32 bar, int k, int row, int half, int expert) {
@@ -87,16 +46,6 @@ __device__ void load_box_for_both(u32 to, const TensorMap *map, u32 bar, int k, 
         : "memory");
 }
 
-// A matrix of 128-byte rows, swizzled as TMA does it: groups of 8 rows follow each other.
-__device__ u64 descriptor(u32 address) {
-    return static_cast<u64>((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-#if HALF
-#define TYPES ".f32.f16.f16 "
-#else
-#define TYPES ".f32.bf16.bf16 "
-#endif
 #define OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define OUT16(i) OUT4(i), OUT4(i + 4), OUT4(i + 8), OUT4(i + 12)
 
@@ -128,73 +77,6 @@ __device__ __forceinline__ void multiply(float (&d)[COLUMNS / 2], u64 a, u64 w, 
         : OUT16(0), OUT16(16), OUT16(32), OUT16(48), OUT16(64), OUT16(80)
         : "l"(a), "l"(w), "r"(add));
 #endif
-}
-
-__device__ u32 packed(float low, float high) {
-    u32 both;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
-}
-
-__device__ float widened(u16 bits) {
-#if HALF
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#else
-    return __uint_as_float(static_cast<u32>(bits) << 16);
-#endif
-}
-
-// The activation, as in activation.py; selects keep NaN as NaN.
-__device__ float at_most(float x, float limit) { return x > limit ? limit : x; }
-__device__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-__device__ float nonlinear(float g, const Args &args) {
-    if constexpr (KIND == 0) {
-        float head = GATE_CAPPED ? args.gate_softcap * tanhf(g / args.gate_softcap) : g;
-        return head * sigmoid(args.alpha * g);
-    } else if constexpr (KIND == 1) {
-        return 0.5f * g * (1.0f + erff(g * 0.7071067811865476f));
-    } else if constexpr (KIND == 2) {
-        return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
-    } else {
-        float positive = g < 0.0f ? 0.0f : g;
-        return KIND == 3 ? positive : positive * positive;
-    }
-}
-
-__device__ float activated(float g, const Args &args) {
-    if (LIMITED && CLAMP_AFTER) return at_most(nonlinear(g, args), args.limit);
-    return nonlinear(LIMITED ? at_most(g, args.limit) : g, args);
-}
-
-__device__ float gated_by(float y, float u, const Args &args) {
-    if (LIMITED) u = -at_most(-at_most(u, args.limit), args.limit);
-    if (UP_CAPPED) u = args.up_softcap * tanhf(u / args.up_softcap);
-    return y * (u + args.beta);
-}
-
-// Four values of four lanes, transposed: lane q gets the q-th value of each.
-__device__ __forceinline__ void transpose(u32 (&v)[4], int q) {
-    for (int i = 0; i < 4; i += 2) {
-        u32 got = __shfl_xor_sync(~0u, q & 1 ? v[i] : v[i + 1], 1);
-        if (q & 1)
-            v[i] = got;
-        else
-            v[i + 1] = got;
-    }
-    for (int i = 0; i < 2; ++i) {
-        u32 got = __shfl_xor_sync(~0u, q & 2 ? v[i] : v[i + 2], 2);
-        if (q & 2)
-            v[i] = got;
-        else
-            v[i + 2] = got;
-    }
 }
 
 // A block's tile. expert: -1 where there is nothing more.
@@ -296,7 +178,7 @@ __device__ __forceinline__ void load(const TensorMap &w_map, const TensorMap &a_
             if (thread == 0) {
                 expect(bar, W_BYTES + (GATHER ? 0 : parts * PART_BYTES));
                 if (!GATHER)
-                    for (int p = 0; p < parts; ++p) load_box(a + p * PART_BYTES, &a_map, bar, k, tile.row + p * 64, 0, 0);
+                    for (int p = 0; p < parts; ++p) load_rows(a + p * PART_BYTES, &a_map, bar, k, tile.row + p * 64);
                 if (pair) {
                     int row = n * WIDTH + (GATED && UP ? 0 : rank * (COLUMNS / 2)), half = GATED && UP ? rank : 0;
                     load_box_for_both(w + rank * (W_BYTES / 2), &w_map, bar, k, row, half, tile.expert);

@@ -1,4 +1,4 @@
-"""The two products of the experts on Hopper, in CUDA C++ (`hopper.cu`), for many tokens.
+"""The two products of the experts on Hopper, in CUDA C++, for many tokens, as rows (`hopper.cu`) or columns (`transposed.cu`).
 
 Where `why_not` gives a reason the Triton tiles of `grouped.py` serve.
 
@@ -18,15 +18,20 @@ from torch import Tensor
 from moerunner.kernels import nvrtc
 from moerunner.kernels.common import blocks
 from moerunner.kernels.order import Tiled
+from moerunner.kernels.tiles import Specialised, Transposed
 
 COLUMNS = {128: 256, 192: 192}
 """Weight rows of a tile, by its rows: 64 for each warp group that multiplies, whose sums fill its registers."""
-SHARED = 4 * 48 * 1024 + 1024 + 128
+LINES, MOST = 256, 160
+"""Weight rows of a tile with tokens as columns, and the most of these."""
+_SHARED = 4 * 48 * 1024 + 1024 + 128
 """Bytes: the ring of four stages, room to align it, and what the warp groups signal by."""
+_SHARED_TRANSPOSED = 4 * (LINES + MOST) * 128 + 1024 + 128 + 2 * 8 * MOST
+"""The same, and each warp group's slots and weights."""
 
 
 class Args(ctypes.Structure):
-    """As in `hopper.cu`. Strides in elements, of x in units of 16 bytes."""
+    """As in `hopper.h`. Strides in elements, of x in units of 16 bytes."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "bias", "weights", "slots", "tiles", "totals", "turn", "out")),
@@ -35,6 +40,11 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("top_k", "most_tiles", "columns", "depth", "width")),
         *((name, ctypes.c_float) for name in ("alpha", "beta", "limit", "gate_softcap", "up_softcap")),
     ]
+
+
+def rows_of(tiles: Specialised | Transposed) -> int:
+    """By how many rows the map of tiles is to be made, see `order.order_slots`."""
+    return MOST if isinstance(tiles, Transposed) else 2 * tiles.rows
 
 
 def product(
@@ -47,44 +57,36 @@ def product(
     layout: int,
     activation: Sequence[Any],
     top_k: int,
-    rows_of_tile: int,
+    tiles: Specialised | Transposed,
     *,
     up: bool,
     weighted: bool,
-    copied: bool = False,
 ) -> None:
     """One of the two products over all tiles.
 
     Args:
-        a: tokens [T, H], or rows [R, H] in expert order if copied; h [R, I] if not up. Rows are of whole 16 bytes.
-        w: [E, rows, depth], as TMA can read it. order: with blocks of twice `rows_of_tile` (128 or 192), made anew for every
-            layer, since the kernel counts its turns in it. layout: of w13's rows, see `experts.LAYOUTS`.
+        a: tokens [T, H], or rows [R, H] in expert order if tiles.copied; h [R, I] if not up. Rows are of whole 16 bytes.
+        w: [E, rows, depth], as TMA can read it; for `Transposed` an even number of eights of rows. order: by `rows_of(tiles)`,
+            made anew for every layer, since the kernel counts its turns in it. layout: of w13's rows, see `experts.LAYOUTS`.
         activation: (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap).
 
     Raises RuntimeError if CUDA or its compiler refuses.
     """
     experts, rows, depth = w.shape
     gated, interleaved = up and layout != 2, layout == 1
+    copied = isinstance(tiles, Specialised) and tiles.copied
     kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap = activation
     width = out.shape[-1]
-    columns_of_tile = COLUMNS[rows_of_tile]
-    flags = {
-        "PARTS": rows_of_tile // 64,
-        "COLUMNS": columns_of_tile,
-        "COPIED": copied,
-        "UP": up,
-        "WEIGHTED": weighted,
-        "GATED": gated,
-        "BIAS": bias is not None,
-        "HALF": w.dtype == torch.float16,
-    }
-    flags |= {"KIND": kind if up else 0, "LIMITED": up and limit is not None, "CLAMP_AFTER": up and clamp_after}
+    flags = {"COPIED": copied, "UP": up, "WEIGHTED": weighted, "GATED": gated, "BIAS": bias is not None}
+    flags |= {"HALF": w.dtype == torch.float16, "KIND": kind if up else 0}
+    flags |= {"LIMITED": up and limit is not None, "CLAMP_AFTER": up and clamp_after}
     flags |= {"GATE_CAPPED": up and gate_softcap is not None, "UP_CAPPED": up and up_softcap is not None}
+    lines_of_tile = LINES if isinstance(tiles, Transposed) else COLUMNS[tiles.rows]
     args = Args(
         x=a.data_ptr(), bias=None if bias is None else bias.data_ptr(), weights=weights_TK.data_ptr(),
         slots=order.slot_R.data_ptr(), tiles=order.tiles_4N.data_ptr(), totals=order.totals.data_ptr(),
         turn=order.totals.data_ptr() + (4 if up else 8), out=out.data_ptr(), stride_x_8=a.stride(0) // 8, top_k=top_k,
-        most_tiles=order.tiles_4N.shape[1], columns=blocks(width, columns_of_tile // (2 if gated else 1)), depth=depth,
+        most_tiles=order.tiles_4N.shape[1], columns=blocks(width, lines_of_tile // (2 if gated else 1)), depth=depth,
         width=width, alpha=alpha, beta=beta, limit=limit or 0.0, gate_softcap=gate_softcap or 0.0,
         up_softcap=up_softcap or 0.0,
     )  # fmt: skip
@@ -93,21 +95,23 @@ def product(
         args.stride_bias_expert, args.stride_bias = bias.stride(0), of_row * (2 if interleaved and gated else 1)
         args.stride_bias_half = of_row * (1 if interleaved else width)
     step, halves = w.stride(1), 2 if gated else 1
-    lines, between = (2 * step, step) if interleaved and gated else (step, rows // halves * step)
-    w_map = _tensor_map(
-        w.data_ptr(),
-        w.dtype,
-        (depth, rows // halves, halves, experts),
-        (lines, between, max(rows, 1) * step),
-        columns_of_tile // 2,
-    )
-    a_map = w_map
-    if copied or not up:
-        a_map = _tensor_map(a.data_ptr(), a.dtype, (depth, a.shape[0], 1, 1), (a.stride(0), a.numel(), a.numel()), 64)
-    grid = _multiprocessors(w.device) // 2 * 2  # clusters of two
+    row, half = (2 * step, step) if interleaved and gated else (step, rows // halves * step)  # to the next, and from gate to up
+    by_rows, many = copied or not up, _multiprocessors(w.device)
+    if isinstance(tiles, Transposed):
+        half, group = (half, 8 * row) if gated else (8 * row, 16 * row)
+        sizes, strides = (depth, 8, 2, rows // 16, experts), (row, half, group, rows * step)
+        w_map = _tensor_map(w.data_ptr(), w.dtype, sizes, strides, (64, 8, 2, 8, 1), (1, 1, 1, 2, 1))
+        a_map = _tensor_map(a.data_ptr(), a.dtype, (depth, len(a)), (a.stride(0),), (64, 32)) if by_rows else w_map
+        file, grid, threads, shared, shape = "transposed.cu", many, 384, _SHARED_TRANSPOSED, {"MOST": MOST}
+    else:
+        sizes, strides = (depth, rows // halves, halves, experts), (row, half, max(rows, 1) * step)
+        w_map = _tensor_map(w.data_ptr(), w.dtype, sizes, strides, (64, lines_of_tile // 2, 1, 1))
+        a_map = _tensor_map(a.data_ptr(), a.dtype, (depth, len(a)), (a.stride(0),), (64, 64)) if by_rows else w_map
+        file, grid, threads, shared = "hopper.cu", many // 2 * 2, 128 + 2 * tiles.rows, _SHARED  # clusters of two
+        shape = {"PARTS": tiles.rows // 64, "COLUMNS": lines_of_tile}
     nvrtc.launch(
-        "grouped_product", grid, 128 + 2 * rows_of_tile, w_map, a_map, args, device=w.device, file="hopper.cu", shared=SHARED,
-        defines=[f"{name}={int(value)}" for name, value in flags.items()],
+        "grouped_product", grid, threads, w_map, a_map, args, device=w.device, file=file, shared=shared,
+        defines=[f"{name}={int(value)}" for name, value in (shape | flags).items()],
     )  # fmt: skip
 
 
@@ -121,20 +125,30 @@ def why_not(device: torch.device) -> str:
 
 
 @functools.lru_cache(4096)
-def _tensor_map(pointer: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], lines: int) -> Any:
-    """Four dimensions, the innermost first, in boxes of 64 x lines; strides of the others in elements. Beyond the end: 0."""
+def _tensor_map(
+    pointer: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    steps: tuple[int, ...] | None = None,
+) -> Any:
+    """How TMA reads a tensor, the innermost dimension first; strides of the others in elements. Beyond the end: 0.
+
+    steps: of each dimension of a box only every so-many-th.
+    """
     driver, _ = nvrtc.bindings()
     half = dtype == torch.float16
     kinds, no, wide = driver.CUtensorMapDataType, driver.CUtensorMapInterleave, driver.CUtensorMapSwizzle
     return nvrtc.checked(
         driver.cuTensorMapEncodeTiled(
             kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            4,
+            len(sizes),
             pointer,
             [driver.cuuint64_t(n) for n in sizes],
             [driver.cuuint64_t(2 * n) for n in strides],
-            [driver.cuuint32_t(n) for n in (64, lines, 1, 1)],
-            [driver.cuuint32_t(1)] * 4,
+            [driver.cuuint32_t(n) for n in box],
+            [driver.cuuint32_t(n) for n in steps or [1] * len(sizes)],
             no.CU_TENSOR_MAP_INTERLEAVE_NONE,
             wide.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

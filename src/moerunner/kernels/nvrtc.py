@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def compiled(file: str, arch: str, defines: Sequence[str]) -> bytes:
     _, nvrtc = bindings()
     version = ".".join(map(str, checked(nvrtc.nvrtcVersion(), "tell NVRTC's version")))
     options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{d}" for d in defines)]
-    source = (_FOLDER / file).read_bytes()
+    source = _source(file)
     name = hashlib.sha256(b"\0".join([source, version.encode(), *(o.encode() for o in options)])).hexdigest()
     kept = cache_folder("kernels") / f"{name}.cubin"
     try:
@@ -84,6 +85,12 @@ def compiled(file: str, arch: str, defines: Sequence[str]) -> bytes:
     with contextlib.suppress(OSError):  # the next process compiles it again, where the cache cannot be written
         write_whole(kept, code)
     return code
+
+
+def _source(file: str) -> bytes:
+    """The file with those that it includes in it, so that a change of any is another source."""
+    text = (_FOLDER / file).read_text()
+    return re.sub(r'#include "(.+)"', lambda found: (_FOLDER / found[1]).read_text(), text).encode()
 
 
 def _compile(file: str, source: bytes, options: list[str]) -> bytes:

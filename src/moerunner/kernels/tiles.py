@@ -44,6 +44,11 @@ class Specialised:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """For `hopper.py`, with tokens as columns of the products: an expert's rows are cut evenly, and not padded."""
+
+
+@dataclass(frozen=True)
 class Few:
     """Tiles for `few.py`; stages and tma are not used there.
 
@@ -55,8 +60,8 @@ class Few:
     prefetch: bool = False
 
 
-Tiles = Few | Grouped | Specialised
-KINDS: dict[str, type] = {"few": Few, "grouped": Grouped, "specialised": Specialised}
+Tiles = Few | Grouped | Specialised | Transposed
+KINDS: dict[str, type] = {"few": Few, "grouped": Grouped, "specialised": Specialised, "transposed": Transposed}
 
 
 def to_dict(tiles: Tiles) -> dict[str, Any]:
@@ -90,6 +95,8 @@ def choose(
     if itemsize == 4:
         product = Product(64, 32, 4, 3)
         return Grouped(16 if rows <= 16 else 64, product, product)
+    if specialised and 96 < rows <= 144:  # one such tile holds them, two of 128 rows would be half empty
+        return Transposed()
     if specialised and rows > 144:
         # Where experts are wide, tokens copied into expert order cost less than to gather them for each of their columns.
         return Specialised(192 if rows <= 192 else 128, copied=inter >= 2560)
@@ -115,7 +122,7 @@ _ALTERNATIVES = {16: _THIN, 32: _MIDDLE, 64: _MIDDLE, 128: _WIDE}
 
 def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
     """What is worth measuring beside a choice, one part of it at a time: (which, the same with another such part)."""
-    if isinstance(tiles, Specialised):
+    if isinstance(tiles, Specialised | Transposed):
         return  # they are few: `specialised` has them all
     if isinstance(tiles, Few):
         dn = tiles.down
@@ -131,15 +138,15 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
 
 def neighbours(tiles: Tiles) -> list[Tiles]:
     """Choices that `choose` makes for a few more or fewer rows, or without `hopper.py`."""
-    if isinstance(tiles, Specialised):
+    if isinstance(tiles, Specialised | Transposed):
         return [_HALF[3]]
     return [other for other in _HALF if isinstance(tiles, Grouped) and other.block_m in (tiles.block_m // 2, 2 * tiles.block_m)]
 
 
 def specialised(tiles: Tiles) -> list[Tiles]:
     """What `hopper.py` offers in place of tiles for many rows."""
-    every: list[Tiles] = [Specialised(rows, copied) for copied in (False, True) for rows in (192, 128)]
-    many = isinstance(tiles, Specialised) or (isinstance(tiles, Grouped) and tiles.block_m >= 64)
+    every: list[Tiles] = [Transposed(), *(Specialised(rows, copied) for copied in (False, True) for rows in (192, 128))]
+    many = isinstance(tiles, Specialised | Transposed) or (isinstance(tiles, Grouped) and tiles.block_m >= 64)
     return every if many else []
 
 
