@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -112,6 +113,24 @@ def test_the_plain_install_stays_light(project):
     core = {re.match(r"[\w-]+", requirement)[0] for requirement in project["project"]["dependencies"]}
     assert core == {"torch", "safetensors", "typer", "rich"}
     assert "entry-points" not in project["project"], "the entry point groups are for third parties"
+
+
+def test_a_layer_runs_without_triton():
+    """The plain install has none on a CPU, `make demo` neither."""
+    code = """
+import sys
+sys.modules["triton"] = None  # any import of it raises
+import torch
+from moerunner import ExpertsSpec, MoERunner, MoESpec, RoutingSpec
+routing = RoutingSpec(score="softmax", renormalise="sum")
+spec = MoESpec(hidden_size=16, num_experts=4, top_k=2, routing=routing, experts=ExpertsSpec(intermediate_size=8),
+               apply_routed_scale_to_output=False)
+layer = MoERunner(spec, {name: torch.randn(shape) for name, shape in spec.weight_shapes().items()})
+with torch.no_grad():
+    print(*[layer(torch.randn(3, 16)).isfinite().all().item() for _ in range(3)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True True True\n", done.stderr[-1500:]
 
 
 def modules_in(folder):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moerunner.kernels import nvrtc
 from moerunner.values import LayerWeights
 
 MOST_TOKENS = 64
@@ -136,6 +135,8 @@ def _recorded(run: Run, x_TH: Tensor, stage: Stage) -> tuple[Callable[[Tensor], 
 
     Raises ImportError where cuda-bindings is missing, RuntimeError where CUDA refuses.
     """
+    from moerunner.kernels import nvrtc  # here, since it needs Triton, without which a layer runs as well
+
     driver, _ = nvrtc.bindings()
     current, (x, out) = torch.cuda.current_stream(x_TH.device), stage.rows(x_TH)
     side, mode = stage.side.cuda_stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
