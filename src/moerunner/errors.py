@@ -65,3 +65,8 @@ class Changed(Exception):
 
 class ReferenceWarning(UserWarning):
     """Transformers' code of a block is none that its family was verified with."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the tale behind it; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

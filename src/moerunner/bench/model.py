@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moerunner.bench.shapes import Peaks, measure_peaks
-from moerunner.errors import SpecError, UnsupportedError
+from moerunner.errors import SpecError, UnsupportedError, first_line
 from moerunner.models import load, patch, unpatch
 from moerunner.models.checkpoint import read_recipe
 from moerunner.models.decoding import fused
@@ -201,7 +201,7 @@ def _guarded(model: Any, key: str, size: int, context: int, name: str) -> dict[s
     except (RuntimeError, NotImplementedError, ValueError, UnsupportedError, Unfit) as error:  # out of memory too
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return {"python": None, "graph": None, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        return {"python": None, "graph": None, "note": f"{type(error).__name__}: {first_line(error)[:200]}"}
 
 
 def _share(times: Callable[[], dict[str, Any]], row: dict[str, Any], model: Any, size: int, key: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from moerunner.errors import first_line
 from moerunner.values import LayerWeights
 
 MOST_TOKENS = 64
@@ -98,7 +99,7 @@ class Replays:
             seen.replay, out = _recorded(run, x_TH, stage)
         except (RuntimeError, ImportError) as error:
             Replays.refused = True
-            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = first_line(error)
             warnings.warn(f"layers' launches are not recorded as CUDA graphs, since one failed: {what}", stacklevel=3)
             return run(x_TH)
         return out

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moerunner.errors import first_line
 from moerunner.models.decoding.uploads import Uploads
 
 _TOLERANCE = 2e-2  # of the largest logit, between the graph and the same step from Python; a stale count says more
@@ -76,7 +77,7 @@ class Step:
             with self._uploads.reused():
                 graph, replayed = recorded(self._run)
         except (RuntimeError, NotImplementedError) as error:
-            self.note = f"the step cannot be captured: {_first_line(error)}"
+            self.note = f"the step cannot be captured: {first_line(error)}"
             _put_back(after)
             return logits
         _put_back(before)
@@ -111,7 +112,3 @@ def recorded(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 def _put_back(state: list[tuple[Tensor, Tensor]]) -> None:
     for tensor, value in state:
         tensor.copy_(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
