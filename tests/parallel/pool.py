@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from moerunner.errors import UnsupportedError
 
 _LONGEST = 120  # seconds that a collective, and beyond it a whole call, may take
+_IMPORTED_ONCE = ["moerunner", "transformers.generation.utils", "tests.parallel.models"]
 _pools: dict[int, Pool] = {}
 
 
@@ -56,7 +57,8 @@ class Pool:
     """The ranks of one process group."""
 
     def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED_ONCE)
         self._folder = Path(tempfile.mkdtemp())
         pipes = [context.Pipe() for _ in range(world)]
         self._ends = [mine for mine, _ in pipes]

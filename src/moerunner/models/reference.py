@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ from moerunner.models.registry import forward_owner
 
 _HOME = "transformers.models."
 _DO_NOT_COUNT = ("annotation", "ctx", "kind", "returns", "type_comment", "type_params")
+_one_parser = threading.Lock()  # CPython 3.11 counts the depth of its trees for all threads together, and raises SystemError
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def _methods(kind: type, names: tuple[str, ...]) -> Iterator[FunctionType]:
 def _read(function: FunctionType) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """What a function does, as text; the attributes of `self` and the names that it speaks of."""
     source = inspect.getsource(function)
-    tree = ast.parse("if True:\n" + source if source[0].isspace() else source)
+    with _one_parser:
+        tree = ast.parse("if True:\n" + source if source[0].isspace() else source)
     definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
     if definition is None:
         raise SyntaxError("not a def")
