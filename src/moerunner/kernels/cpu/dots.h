@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace {
@@ -11,18 +13,18 @@ namespace {
 constexpr int MAX_T = 4;  // tokens at a time
 #if LANES == 16
 constexpr int ROWS_AT_ONCE[MAX_T + 1] = {0, 8, 8, 8, 6};  // accumulators in 32 registers
+constexpr int STREAMS[MAX_T + 1] = {0, 4, 4, 4, 6};       // rows at once that come from memory
 #else
 constexpr int ROWS_AT_ONCE[MAX_T + 1] = {0, 8, 4, 4, 3};  // in 16
+constexpr int STREAMS[MAX_T + 1] = {0, 4, 4, 4, 3};
 #endif
 constexpr int MAX_R = 8;
 constexpr int MAX_ROWS = 48;  // of one product: what one thread takes at a time
-constexpr long AHEAD_BYTES = 2048;  // from what is read to what is fetched
+constexpr long STREAMED = 24;  // tokens up to which the processor multiplies faster than rows come from memory
 constexpr long BLOCK_BYTES = 4096;  // of a token, so that MAX_T of them stay in the first cache
 
 // How weights of one kind are multiplied: STEP numbers in VECS vectors, with tokens that were arranged for it; a step is one
-// vector of memory, for each of which one is fetched. `at` is the place of number i of a step among the arranged ones; NATURAL:
-// its own. streamed: rows at once of weights that come from memory, which likes one after the other; more where the sums of
-// one row would wait for each other longer than for memory.
+// vector of memory. `at` is the place of number i of a step among the arranged ones; NATURAL: its own.
 
 struct Float {
     typedef float elem;
@@ -31,7 +33,6 @@ struct Float {
     static vf weight(const elem* p, int) { return load<vf>(p); }
     static vf mac(vf acc, vf w, const token* x) { return acc + w * load<vf>(x); }
     static int at(int i) { return i; }
-    static constexpr int streamed(int) { return 1; }
 };
 
 struct Half : Float {
@@ -43,7 +44,6 @@ struct Half : Float {
 struct Int8 : Float {
     typedef int8_t elem;
     enum { STEP = 4 * LANES, VECS = 4 };
-    static constexpr int streamed(int tokens) { return tokens == 1 ? 4 : 2; }
     static vf weight(const elem* p, int v) { return widen_int8(load<vb>(p + v * LANES)); }
 };
 
@@ -63,7 +63,6 @@ struct Pairs {
     static vf weight(const elem* p, int) { return load<vf>(p); }
     static vf mac(vf acc, vf w, const token* x) { return dot_pairs(acc, (vu)w, load<vu>(x)); }
     static int at(int i) { return i; }
-    static constexpr int streamed(int) { return 1; }
 };
 
 template <class K>
@@ -116,20 +115,19 @@ struct Soon {
     long step, length;
 };
 
-// Fetches a part of R rows, from one numbered of as many, into the second cache.
-template <int R>
-INLINE void fetch(Soon soon, long part, long parts) {
-    const long begin = part * soon.length / parts & ~63l, end = (part + 1) * soon.length / parts;
-    for (int r = 0; r < R; ++r)
-        for (long i = begin; i < end; i += 64) __builtin_prefetch(soon.row + r * soon.step + i, 0, 2);
+// Fetches a part of so many rows into the second cache, one after the other.
+INLINE void fetch_rows(Soon soon, long rows, long part, long parts) {
+    const long all = rows * soon.length, begin = part * all / parts, end = (part + 1) * all / parts;
+    const char *row = soon.row + begin / soon.length * soon.step, *at = row + begin % soon.length;
+    for (long i = begin; i < end; i += 64, at += 64) {
+        if (at >= row + soon.length) row += soon.step, at = row;
+        __builtin_prefetch(at, 0, 2);
+    }
 }
 
-template <class K, int R, int T, bool AHEAD>
-static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh,
-                 Soon soon) {
+template <class K, int R, int T>
+static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh) {
     constexpr int TOKEN_STEP = K::STEP / K::VECS;
-    constexpr long SIZE = K::STEP * (long)sizeof *w;
-    const char* soon_end = soon.row + soon.length;
     vf a[T][R];
     const typename K::token* xs[T];
     for (int t = 0; t < T; ++t) {
@@ -143,11 +141,6 @@ static void tile(const typename K::elem* w, long step, const typename K::token* 
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < R; ++r) a[t][r] = K::mac(a[t][r], row[r], xs[t] + (s * K::VECS + v) * TOKEN_STEP);
         }
-        if (AHEAD) {  // one row after the other, as memory likes it
-            for (long i = 0; i < R * SIZE; i += 64) __builtin_prefetch(soon.row + i, 0, 2);
-            soon.row += R * SIZE;
-            if (soon.row >= soon_end) soon.row += soon.step - soon.length, soon_end = soon.row + soon.length;
-        }
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) acc[t * R + r] = a[t][r];
@@ -155,19 +148,23 @@ static void tile(const typename K::elem* w, long step, const typename K::token* 
 
 // R rows with T tokens, all steps from `from` on; a part of a step at the end is completed with zeros.
 template <class K, int R, int T>
-static void block(const typename K::elem* w, long step, const typename K::token* const* x, long from, long to, vf* acc, bool fresh,
-                  Soon soon) {
+static void block(const typename K::elem* w, long step, const typename K::token* const* x, long from, long to, vf* acc, bool fresh) {
     long steps = (to - from) / K::STEP, rest = (to - from) % K::STEP;
-    if (soon.row)
-        tile<K, R, T, true>(w + from, step, x, from, steps, acc, fresh, soon);
-    else
-        tile<K, R, T, false>(w + from, step, x, from, steps, acc, fresh, soon);
+    tile<K, R, T>(w + from, step, x, from, steps, acc, fresh);
     if (rest) {
         typename K::elem tail[R * K::STEP] = {};
         long done = from + steps * K::STEP;
         for (int r = 0; r < R; ++r) memcpy(tail + r * K::STEP, w + r * step + done, rest * sizeof *tail);
-        tile<K, R, T, false>(tail, K::STEP, x, done, 1, acc, fresh && !steps, soon);
+        tile<K, R, T>(tail, K::STEP, x, done, 1, acc, fresh && !steps);
     }
+}
+
+// Calls f with the number of tokens, T at most, as a constant.
+template <int T, class F>
+INLINE void at_most_tokens(long n, F f) {
+    if constexpr (T > 1)
+        if (n < T) return at_most_tokens<T - 1>(n, f);
+    f(std::integral_constant<int, T>());
 }
 
 template <class K>
@@ -184,71 +181,76 @@ struct Product {
     vf* acc;  // room for every group of rows of every token of one call
     Soon next;
 
-    // Few tokens: weights come from memory all the time, so rows some way after these are fetched step by step. Many: what
-    // comes after this product is fetched bit by bit between its tiles.
-    template <int R, int T>
-    void group(long t, long r, long from, long to, vf* a, long turn, long turns) const {
-        const long size = sizeof(elem), ahead = r + AHEAD_BYTES / (width * size) + R;
-        Soon soon = next;
-        if (next.row && turns > 1) {
-            soon.row += r * soon.step;
-            fetch<R>(soon, turn, turns);
-            soon.row = nullptr;
-        } else if (next.row && ahead < rows) {
-            soon = {(const char*)(w + ahead * step), step * size, width * size};
-        } else if (next.row) {
-            soon.row += (ahead - rows) * soon.step;
-        }
-        block<K, R, T>(w + r * step, step, x + t, from, to, a, from == 0, soon);
-    }
-
-    template <int R, int T>
-    void scatter(const vf* a, long groups, long t) const {
+    // Sums of the groups of T tokens; group g's rows are apart(g), from first(g) on.
+    template <int R, int T, class First, class Apart>
+    void scatter(const vf* a, long groups, long t, First first, Apart apart) const {
         float flat[MAX_T * (MAX_ROWS + MAX_R) + LANES];
         const long count = groups * R * T;
         for (long v = 0; v < count; v += LANES) store(flat + v, sums(a + v));
         for (long g = 0; g < groups; ++g)
-            for (int i = 0; i < T; ++i) memcpy(out + (t + i) * pitch + first<R>(g), flat + (g * T + i) * R, R * sizeof(float));
+            for (int i = 0; i < T; ++i)
+                for (int r = 0; r < R; ++r) out[(t + i) * pitch + first(g) + r * apart(g)] = flat[(g * T + i) * R + r];
     }
 
-    // Where group g begins; the last one overlaps the one before it if rows do not divide.
-    template <int R>
-    long first(long g) const {
-        return g * R + R <= rows ? g * R : rows - R;
-    }
-
+    // Many tokens: rows stay in the cache, and what comes after this product is fetched bit by bit between the tiles. The last
+    // group overlaps the one before it if rows do not divide.
     template <int R, int T>
     void tokens_at(long t, long from, long to, vf* a, long turn, long turns) const {
         const long groups = (rows + R - 1) / R;
-        for (long g = 0; g < groups; ++g) group<R, T>(t, first<R>(g), from, to, a + g * R * T, turn, turns);
-        if (to == width) scatter<R, T>(a, groups, t);
+        auto first = [&](long g) { return least(g * R, rows - R); };
+        for (long g = 0; g < groups; ++g) {
+            if (next.row) fetch_rows({next.row + first(g) * next.step, next.step, next.length}, R, turn, turns);
+            block<K, R, T>(w + first(g) * step, step, x + t, from, to, a + g * R * T, from == 0);
+        }
+        if (to == width) scatter<R, T>(a, groups, t, first, [](long) { return 1; });
     }
 
     template <int T>
     void some(long t, long from, long to, vf* a, long turn, long turns) const {
-        constexpr int R = ROWS_AT_ONCE[T], S = K::streamed(T);
-        if (turns == 1 && rows >= S)
-            tokens_at<S, T>(t, from, to, a, turn, turns);
-        else if (rows >= R)
+        constexpr int R = ROWS_AT_ONCE[T];
+        if (rows >= R)
             tokens_at<R, T>(t, from, to, a, turn, turns);
         else
             tokens_at<1, T>(t, from, to, a, turn, turns);
     }
 
+    // Few tokens: rows come from memory, each once. Those that are read together lie far apart, so that each is a stream of
+    // its own to the processor, which fetches ahead in all of them. Those that are left over when rows do not divide lie
+    // together, with some that were done.
+    template <int R, int T>
+    void stream() const {
+        const long evenly = rows / R, groups = evenly + (rows % R > 0), parts = (tokens + T - 1) / T;
+        auto first = [&](long g) { return g < evenly ? g : rows - R; };
+        auto apart = [&](long g) { return g < evenly ? evenly : 1; };
+        auto at = [&](long p) { return acc + p * groups * R * T; };
+        for (long g = 0; g < groups; ++g)
+            for (long p = 0; p < parts; ++p)
+                at_most_tokens<T>(tokens - p * T, [&](auto n) {
+                    block<K, R, n>(w + first(g) * step, apart(g) * step, x + p * T, 0, width, at(p) + g * R * n, true);
+                });
+        for (long p = 0; p < parts; ++p)
+            at_most_tokens<T>(tokens - p * T, [&](auto n) { scatter<R, n>(at(p), groups, p * T, first, apart); });
+    }
+
+    template <int T>
+    void stream_rows() const {
+        constexpr int R = STREAMS[T];
+        if (rows >= R)
+            stream<R, T>();
+        else
+            stream<1, T>();
+    }
+
     void run() const {
-        const long block = tokens <= MAX_T ? width : BLOCK_BYTES / (long)sizeof(token), blocks = (width + block - 1) / block;
+        if (tokens <= STREAMED) return at_most_tokens<MAX_T>(tokens, [&](auto n) { stream_rows<n>(); });
+        const long block = BLOCK_BYTES / (long)sizeof(token), blocks = (width + block - 1) / block;
         const long quads = (tokens + MAX_T - 1) / MAX_T, span = MAX_T * (rows + MAX_R);
         for (long from = 0; from < width; from += block) {
             const long to = from + block < width ? from + block : width;
             for (long q = 0; q < quads; ++q) {
                 vf* a = acc + (blocks > 1 ? q * span : 0);
                 const long t = q * MAX_T;
-                switch (tokens - t) {
-                    case 1: some<1>(t, from, to, a, from / block * quads + q, blocks * quads); break;
-                    case 2: some<2>(t, from, to, a, from / block * quads + q, blocks * quads); break;
-                    case 3: some<3>(t, from, to, a, from / block * quads + q, blocks * quads); break;
-                    default: some<MAX_T>(t, from, to, a, from / block * quads + q, blocks * quads);
-                }
+                at_most_tokens<MAX_T>(tokens - t, [&](auto n) { some<n>(t, from, to, a, from / block * quads + q, blocks * quads); });
             }
         }
     }

@@ -3,11 +3,12 @@
 // Three rounds of tasks that any thread may take: tokens are arranged; rows of gate and up are multiplied and joined by the
 // activation; rows of down are multiplied, weighted and added into the output. A task of the last round owns its columns of the
 // output and adds experts in the order of their ids, so the result is the same in every run and with any number of threads; by
-// all products but those of tiles it is the same whatever else is in the batch.
+// the products of dots.h it is the same whatever else is in the batch.
 
 #include <optional>
 #include <type_traits>
 
+#include "outer.h"
 #include "pool.h"
 #include "tiles.h"
 
@@ -48,6 +49,7 @@ namespace {
 constexpr long CHUNK = 64;  // tokens of one expert that are multiplied at a time
 constexpr long TOKENS_A_TASK = 4;
 constexpr long TASKS_A_THREAD = 8;
+constexpr long ROOM = (MAX_ROWS + PANEL - 1) / PANEL * PANEL;  // numbers of one token that a product may write
 constexpr long CACHED = 1024;  // numbers of MAX_ROWS rows that leave room in the second cache
 constexpr long TILED = 16;     // tokens of an expert, from which on tiles are worth their packing
 constexpr long SHIFT = 64;  // bytes between rows, so that they do not share one set of the cache
@@ -108,6 +110,7 @@ class Layer {
     typedef typename K::token token;
     typedef typename std::conditional<sizeof(token) == 2, Pairs, Float>::type Panel;
     static constexpr bool WIDENS = sizeof(elem) < sizeof(token);
+    static constexpr bool HAS_OUTER = sizeof(token) == 4;
 #ifdef TILES
     static constexpr bool HAS_TILES = std::is_same<K, Pairs>::value;
 #else
@@ -118,9 +121,10 @@ class Layer {
     explicit Layer(const Call& call) : c(call), activation(call), slot_count(call.tokens * call.top_k) {
         x_pitch = pitch(c.hidden), h_pitch = pitch(c.inter);
         tiled = HAS_TILES && !c.invariant && slot_count >= TILED * c.experts;
-        const bool few = slot_count <= MAX_T * c.experts;
-        up_part = tiled ? TILE_ROWS : few ? part_of(least(slot_count, c.experts) * c.inter) : 2 * c.hidden > CACHED ? MAX_ROWS / 2 : MAX_ROWS;
-        down_part = tiled ? TILE_ROWS : few ? part_of(c.hidden) : c.inter <= CACHED ? MAX_ROWS : MAX_ROWS / 2;
+        const bool few = slot_count <= STREAMED * c.experts;
+        const long all = MAX_ROWS / PANEL * PANEL, fewer = HAS_OUTER ? PANEL : MAX_ROWS / 2;
+        up_part = tiled ? TILE_ROWS : few ? part_of(least(slot_count, c.experts) * c.inter) : 2 * c.hidden > CACHED ? fewer : all;
+        down_part = tiled ? TILE_ROWS : few ? part_of(c.hidden) : c.inter <= CACHED ? all : fewer;
     }
 
     bool run(Arena& arena) {
@@ -137,7 +141,7 @@ class Layer {
 
    private:
     struct Scratch {
-        float *gate, *up;  // [CHUNK][MAX_ROWS]
+        float *gate, *up;  // [CHUNK][ROOM]
         vf* acc;
         token* panel;  // rows of gate and up, or of down, as tokens lie
     };
@@ -163,6 +167,7 @@ class Layer {
     static long pitch(long width) { return up_to(width, K::STEP) + SHIFT / (long)sizeof(token); }
     long x_count() const { return c.per_slot || tiled ? slot_count : c.tokens; }
     bool by_tiles(const Run& run) const { return tiled && run.count >= TILED; }
+    bool by_outer(const Run& run) const { return HAS_OUTER && !c.invariant && run.count > STREAMED; }
 
     void lay_out(Cut& cut) {
         slots = cut.take<int32_t>(slot_count);
@@ -180,10 +185,11 @@ class Layer {
 
     Scratch lay_out_scratch(Cut& cut) const {
         Scratch s;
-        s.gate = cut.take<float>(CHUNK * MAX_ROWS);
-        s.up = cut.take<float>(CHUNK * MAX_ROWS);
+        s.gate = cut.take<float>(CHUNK * ROOM);
+        s.up = cut.take<float>(CHUNK * ROOM);
         s.acc = cut.take<vf>((CHUNK + MAX_T) * (MAX_ROWS + MAX_R) + LANES);
-        s.panel = cut.take<token>(2 * up_part * x_pitch > down_part * h_pitch ? 2 * up_part * x_pitch : down_part * h_pitch);
+        const long up = 2 * up_to(up_part, PANEL) * x_pitch, down = up_to(down_part, PANEL) * h_pitch;
+        s.panel = cut.take<token>(up > down ? up : down);
         return s;
     }
 
@@ -237,6 +243,8 @@ class Layer {
         if constexpr (HAS_TILES)
             if (by_tiles(run)) return pack_tiles(panel, w.at, w.step, w.column, rows, width);
 #endif
+        if constexpr (HAS_OUTER)
+            if (by_outer(run)) return pack_panels<K>(panel, w.at, w.step, w.column, rows, width);
         widen(panel, w, rows, width);
     }
 
@@ -263,21 +271,25 @@ class Layer {
     }
 
     // Weights are widened once for many tokens, and copied where they lie across.
-    bool by_panel(Rows<elem> w, const Run& run) const { return w.column != 1 || (WIDENS && run.count > MAX_T) || by_tiles(run); }
+    bool by_panel(Rows<elem> w, const Run& run) const {
+        return w.column != 1 || (WIDENS && run.count > STREAMED) || by_tiles(run) || by_outer(run);
+    }
 
     // next: what this thread will read after this.
     void multiply(Rows<elem> w, const token* panel, const Run& run, long rows, long width, const token* const* tokens, long n,
                   float* out, vf* acc, Rows<elem> next) const {
 #ifdef TILES
         if constexpr (HAS_TILES)
-            if (by_tiles(run)) return multiply_tiles(panel, width, tokens[0], pitch(width), n, out, MAX_ROWS);
+            if (by_tiles(run)) return multiply_tiles(panel, width, tokens[0], pitch(width), n, out, ROOM);
 #endif
         const long size = sizeof(elem);
         const Soon soon = {(const char*)next.at, next.step * size, width * size};
+        if constexpr (HAS_OUTER)
+            if (by_outer(run)) return multiply_panels(panel, rows, up_to(width, K::STEP), tokens, n, out, ROOM, soon);
         if (panel)
-            Product<Panel>{(const typename Panel::elem*)panel, pitch(width), rows, up_to(width, K::STEP), tokens, n, out, MAX_ROWS, acc, soon}.run();
+            Product<Panel>{(const typename Panel::elem*)panel, pitch(width), rows, up_to(width, K::STEP), tokens, n, out, ROOM, acc, soon}.run();
         else
-            Product<K>{w.at, w.step, rows, width, tokens, n, out, MAX_ROWS, acc, soon}.run();
+            Product<K>{w.at, w.step, rows, width, tokens, n, out, ROOM, acc, soon}.run();
     }
 
     Rows<elem> gate_rows(const Run& run, long i) const {
@@ -308,7 +320,7 @@ class Layer {
         const bool panel = by_panel(gate, run);
         token *gate_panel = nullptr, *up_panel = nullptr;
         if (panel) {
-            gate_panel = s.panel, up_panel = s.panel + up_part * x_pitch;
+            gate_panel = s.panel, up_panel = s.panel + up_to(up_part, PANEL) * x_pitch;
             fill(gate_panel, gate, run, n, c.hidden);
             if (gated) fill(up_panel, up, run, n, c.hidden);
         }
@@ -328,7 +340,7 @@ class Layer {
             multiply(gate, gate_panel, run, n, c.hidden, tokens, count, s.gate, s.acc, !last ? none : panel || !gated ? gate_next : up);
             if (gated) multiply(up, up_panel, run, n, c.hidden, tokens, count, s.up, s.acc, !last ? none : panel ? up_next : gate_next);
             for (long t = 0; t < count; ++t) {
-                float *g = s.gate + t * MAX_ROWS, *u = s.up + t * MAX_ROWS;
+                float *g = s.gate + t * ROOM, *u = s.up + t * ROOM;
                 finish(g, n, c.w13_scale, c.b13, first + i * step, step);
                 if (gated) finish(u, n, c.w13_scale, c.b13, first_up + i * step, step);
                 token* row = h + (run.begin + from + t) * h_pitch;
@@ -363,7 +375,7 @@ class Layer {
                 const bool last = from + count == run->count;
                 multiply(down, panel ? s.panel : nullptr, *run, n, c.inter, h_rows + run->begin + from, count, s.gate, s.acc, last ? then : none);
                 for (long t = 0; t < count; ++t) {
-                    float* y = s.gate + t * MAX_ROWS;
+                    float* y = s.gate + t * ROOM;
                     finish(y, n, c.w2_scale, c.b2, run->expert * c.hidden + first, 1);
                     add(y, slots[run->begin + from + t], first, n);
                 }
