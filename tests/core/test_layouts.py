@@ -53,7 +53,7 @@ LATENT = dataclasses.replace(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(problems(4))
 def test_every_layout_equals_the_oracle(problem):
     check(*problem, torch.float32)
@@ -339,7 +339,7 @@ def test_sets_of_experts_have_equally_many_slots_each():
     check(spec, layout, Options(), 1, Storage(), [7], torch.float32)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(layouts(6, world=8), st.integers(0, 20))
 def test_tokens_and_experts_are_dealt_out_whole(layout, tokens):
     counts = layout.token_counts(tokens)

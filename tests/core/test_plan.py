@@ -222,8 +222,8 @@ def check_any_slip(name: str, layout: str, *, runs: int | None) -> None:
 
 
 def test_any_slip_is_refused_or_harmless() -> None:
-    for name, layout in random.sample([(name, layout) for name in SPECS for layout in LAYOUTS], 5):
-        check_any_slip(name, layout, runs=25)
+    for name, layout in random.sample([(name, layout) for name in SPECS for layout in LAYOUTS], 3):
+        check_any_slip(name, layout, runs=15)
 
 
 @pytest.mark.slow

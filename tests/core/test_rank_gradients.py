@@ -156,7 +156,7 @@ def problems(draw: st.DrawFn, world: int):
     return spec, layout, draw(options_for(layout)), draw(SEEDS), draw(STORAGES), rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(problems(4), st.booleans())
 def test_every_layout_has_the_gradients_of_one_rank(problem, replay):
     check(*problem, replay=replay)

@@ -97,7 +97,7 @@ def check_low_precision(spec: MoESpec, seed: int, storage: Storage, backend: str
     assert_as_good_as_plain(lambda n: draw(n, few_apart=True))
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(specs(), SEEDS, STORAGES, COUNTS, st.sampled_from(["auto", *CPU_BACKENDS]))
 def test_float32_equals_the_oracle(spec, seed, storage, count, backend):
     check_float32(spec, seed, storage, count, backend)
@@ -111,7 +111,7 @@ def test_float32_equals_the_oracle_long(spec, seed, storage, count, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(specs(), SEEDS, STORAGES, st.sampled_from(["auto", *CPU_BACKENDS]))
 def test_low_precision_is_as_good_as_plain_torch(dtype, spec, seed, storage, backend):
     check_low_precision(spec, seed, storage, backend, dtype)
@@ -125,7 +125,7 @@ def test_low_precision_is_as_good_as_plain_torch_long(dtype, spec, seed, storage
     check_low_precision(spec, seed, storage, backend, dtype)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(specs(), SEEDS)
 def test_float64_is_float64_all_the_way(spec, seed):
     weights = make_weights(spec, seed, torch.float64)

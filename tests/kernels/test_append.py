@@ -61,7 +61,8 @@ def test_nothing_is_written_behind_the_last_place(layers, device):
     assert int((room != 0).sum()) == 2 * 8
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_the_tokens_are_those_of_generate(family, layers, device):
     model = tiny_model(family).to(device)
     ids = torch.randint(3, 250, (2, 5), device=device)

@@ -58,6 +58,7 @@ def test_layouts_and_strides(device, path, gate_up, transposed):
     _check(case(device, tokens=4, gate_up=gate_up, transposed=transposed, bias=True), path)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("tma", [False, True])
 def test_tiles_that_an_expert_fills_at_most_by_half(device, tma):
     """Rows per expert: none, one, half a tile, one more, a whole tile, and one and some more."""
@@ -79,6 +80,7 @@ def test_half_precision(device, path, dtype, output):
     assert y.dtype == (torch.float32 if output == "summed" else dtype)
 
 
+@pytest.mark.rotating(3)
 @path
 def test_rows_are_zero_where_there_is_no_expert(device, path):
     c = case(device, output="rows", bias=True)
@@ -86,11 +88,13 @@ def test_rows_are_zero_where_there_is_no_expert(device, path):
     assert torch.equal(y[c.topk.ids < 0], torch.zeros_like(y[c.topk.ids < 0]))
 
 
+@pytest.mark.rotating(3)
 @path
 def test_input_weighting(device, path):
     _check(case(device, input_weighting=True, bias=True), path)
 
 
+@pytest.mark.rotating(3)
 @path
 def test_scale_and_final_dtype(device, path):
     c = case(device, torch.float16, scale=2.5)
@@ -106,6 +110,7 @@ def test_odd_shapes(device, path, hidden, inter, tokens, top_k, experts):
     _check(c, path)
 
 
+@pytest.mark.rotating(3)
 @path
 def test_all_tokens_on_one_expert(device, path):
     c = case(device, tokens=20, top_k=1, skip=False)
@@ -127,6 +132,7 @@ def test_zero_tokens(device, output):
     assert y.shape == ((0, 72) if output == "summed" else (0, 3, 72))
 
 
+@pytest.mark.rotating(3)
 @path
 def test_a_bad_token_stays_alone(device, path):
     """NaN in one token reaches its own row only, through clamps too, and every other row keeps its bits."""
@@ -139,6 +145,7 @@ def test_a_bad_token_stays_alone(device, path):
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.rotating(3)
 @path
 def test_same_bits_every_run(device, path):
     c = case(device, torch.float16)

@@ -58,7 +58,8 @@ def test_compiles_for_hopper_and_keeps_the_sums_in_registers(cache, name, rows):
     compiles(cache, "hopper.cu", flags, 128 + 2 * rows, 0 if name in FEW else STACK)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "up" else [pytest.mark.slow]) for n in VARIANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_with_tokens_as_columns_too(cache, name):
     if name != "copied":
         flags = {"MOST": hopper.MOST, "COPIED": 0} | UP | VARIANTS[name]

@@ -19,7 +19,10 @@ def _ids(tokens, top_k, experts, how):
 
 @pytest.mark.parametrize("launches", ["one", "two", "CUDA C++"])
 @pytest.mark.parametrize("how", ["spread", "one", "none"])
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (40, 4, 9), (600, 4, 130)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(1, 1, 1), (7, 3, 5), (40, 4, 9), (150, 4, 130), pytest.param(600, 4, 130, marks=pytest.mark.slow)],
+)
 def test_rows_and_tiles(monkeypatch, device, launches, how, tokens, top_k, experts):
     """Rows are stable in expert order; tiles cover every expert's rows once, and the rest of the map is marked empty."""
     monkeypatch.setattr(order, "_ONE_LAUNCH", 4096 if launches == "one" else 0)

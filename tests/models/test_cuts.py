@@ -113,7 +113,7 @@ def test_a_part_lies_in_memory_of_its_own():
     assert part.untyped_storage().nbytes() == part.nbytes
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.data())
 def test_what_is_kept_is_what_local_part_cuts(data):
     spec, storage = data.draw(specs()), Storage(gate_up=data.draw(st.sampled_from(["concat", "interleaved"])))

@@ -47,6 +47,13 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     return [value for _, value in answers]
 
 
+def forks() -> Any:
+    """Processes that are forked from one that has imported all."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
+
+
 def end(world: int) -> None:
     """Ends the processes of this many ranks, if there are any; the next call makes new ones."""
     if world in _pools:
@@ -57,8 +64,7 @@ class Pool:
     """The ranks of one process group."""
 
     def __init__(self, world: int) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED_ONCE)
+        context = forks()
         self._folder = Path(tempfile.mkdtemp())
         pipes = [context.Pipe() for _ in range(world)]
         self._ends = [mine for mine, _ in pipes]

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tests.parallel.pool import end, on_ranks
+from tests.parallel.pool import end, forks, on_ranks
 from tests.parallel.ranks import SPEC, forward, rank_main, weights
 from tests.support.running import check
 from tests.support.strategies import problems
@@ -35,9 +35,9 @@ def test_processes_with_a_mesh_of_their_own_equal_the_oracle(layout: Layout, opt
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    group = mp.spawn(rank_main, (port, layout, options, seed, rows, results), nprocs=layout.world, join=False)
+    results = forks().Queue()
+    arguments = (port, layout, options, seed, rows, results)
+    group = mp.start_processes(rank_main, arguments, nprocs=layout.world, join=False, start_method="forkserver")
     answers = {rank: answer for rank, *answer in (results.get(timeout=120) for _ in range(layout.world))}
     while not group.join(60):
         pass

@@ -29,7 +29,7 @@ class Bytes:
 # ---- text
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.text(st.sampled_from("abé漢🙂\n"), max_size=30), st.data())
 def test_pieces_put_together_are_the_text(text, data):
     raw = list(text.encode())
@@ -42,7 +42,7 @@ def test_pieces_put_together_are_the_text(text, data):
     assert "\ufffd" not in "".join(out)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.text(st.sampled_from("ab"), max_size=30), st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=4), max_size=3)
 )
