@@ -87,7 +87,12 @@ static bool layer(int number) {
     c.tokens = coin() ? pick_number(1, 5) : pick_number(6, 90);
     c.experts = pick_number(1, 6), c.top_k = pick_number(1, 4);
     c.hidden = coin() ? pick_number(1, 70) : pick_number(71, 2100), c.inter = coin() ? pick_number(1, 60) : pick_number(61, 130);
-    if (c.hidden > 200 && c.tokens > 20) c.tokens = 20;
+    if (c.hidden > 200 && c.tokens > 20) {
+        if (coin())
+            c.tokens = 20;
+        else
+            c.hidden = pick_number(257, 600);  // more than a slice
+    }
     c.layout = pick_number(0, 2), c.kind = pick_number(0, 4), c.per_slot = coin(), c.rows = coin(), c.invariant = coin();
     c.alpha = c.kind == SILU && coin() ? 1.7 : 1, c.beta = coin() ? 0.5 : 0, c.limit = coin() ? 0.9 : INFINITY;
     c.gate_softcap = c.kind == SILU && coin() ? 1.2 : 0, c.up_softcap = coin() ? 1.1 : 0, c.clamp_after = coin();
