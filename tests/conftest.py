@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 import zlib
 
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Idle processes of a group are not idle: their threads poll, beside every test that comes after."""
+    if _pooled(item) and not (nextitem and _pooled(nextitem)):
+        sys.modules["tests.parallel.pool"].end_all()
 
 
 def pytest_report_header():

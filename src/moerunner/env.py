@@ -13,7 +13,7 @@ import torch
 
 import moerunner
 from moerunner.experts import registry
-from moerunner.kernels.cpu import library
+from moerunner.kernels.cpu import library, nodes
 from moerunner.ops.reference import reference
 from moerunner.runner import MoERunner
 from moerunner.spec import ExpertsSpec, MoESpec, RoutingSpec
@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "kernels": library.chosen()[0],
+            "memory_nodes": len(nodes.ours()) or 1,
         },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,

@@ -97,6 +97,8 @@ static bool layer(int number) {
     c.alpha = c.kind == SILU && coin() ? 1.7 : 1, c.beta = coin() ? 0.5 : 0, c.limit = coin() ? 0.9 : INFINITY;
     c.gate_softcap = c.kind == SILU && coin() ? 1.2 : 0, c.up_softcap = coin() ? 1.1 : 0, c.clamp_after = coin();
     c.threads = pick_number(1, 3);
+    static const int32_t node_of_cpu[] = {0, 1, 2};
+    c.node_of_cpu = node_of_cpu, c.cpus = 3, c.nodes = pick_number(0, 3);
     const long w13_rows = c.layout == UNGATED ? c.inter : 2 * c.inter, slots = c.tokens * c.top_k;
     const bool across = coin();
     c.x_step = c.hidden + pick_number(0, 3);

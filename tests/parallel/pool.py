@@ -124,6 +124,6 @@ def _picklable(error: BaseException) -> BaseException:
 
 
 @atexit.register
-def _end_all() -> None:
-    for pool in _pools.values():
-        pool.end()
+def end_all() -> None:
+    for world in list(_pools):
+        end(world)

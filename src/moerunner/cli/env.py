@@ -18,6 +18,7 @@ def run(json: JsonOption = False, debug: DebugOption = False) -> Answer:
     screen.say(f"system  {system['os']} {system['release']} {system['machine']}")
     screen.say(
         f"cpu     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads in torch, kernels: {cpu['kernels'] or 'none'}"
+        + (f", memory of {cpu['memory_nodes']} nodes" if cpu["memory_nodes"] > 1 else "")
     )
     for gpu in facts["gpus"]:
         screen.say(f"gpu     {gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}")

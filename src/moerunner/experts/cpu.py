@@ -1,7 +1,7 @@
 """Native kernels for CPUs: every chosen expert's weights are read once, gate and up in one pass with the activation in it.
 
-A token's result does not depend on the number of threads, nor on the batch: AMX's tiles, where it does, are left out if that is
-asked for. The custom op is imported on first use.
+A token's result does not depend on the number of threads, nor, if that is asked for, on the batch: AMX's tiles and the outer
+products, which many tokens of an expert are multiplied by, are left out then. The custom op is imported on first use.
 """
 
 from __future__ import annotations

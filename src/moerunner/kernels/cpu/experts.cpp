@@ -4,6 +4,9 @@
 // activation; rows of down are multiplied, weighted and added into the output. A task of the last round owns its columns of the
 // output and adds experts in the order of their ids, so the result is the same in every run and with any number of threads; by
 // the products of dots.h it is the same whatever else is in the batch.
+//
+// With several nodes of memory, each has an equal part of the experts. Where time goes into reading weights (few tokens), a
+// node's threads take the tasks of its experts first, and a fourth round adds the sums of the nodes.
 
 #include <optional>
 #include <type_traits>
@@ -42,6 +45,8 @@ struct Call {
     int64_t clamp_after;
     int64_t threads;
     Fork fork;  // starts threads; null: own ones
+    const int32_t* node_of_cpu;  // of memory, by the number of the processor
+    int64_t cpus, nodes;
 };
 
 namespace {
@@ -125,6 +130,7 @@ class Layer {
         const long all = MAX_ROWS / PANEL * PANEL, fewer = HAS_OUTER ? PANEL : MAX_ROWS / 2;
         up_part = tiled ? TILE_ROWS : few ? part_of(least(slot_count, c.experts) * c.inter) : 2 * c.hidden > CACHED ? fewer : all;
         down_part = tiled ? TILE_ROWS : few ? part_of(c.hidden) : c.inter <= CACHED ? all : fewer;
+        nodes = few && !tiled && !c.invariant && c.threads > 1 && c.nodes > 1 ? least(c.nodes, MAX_NODES) : 1;
     }
 
     bool run(Arena& arena) {
@@ -132,8 +138,12 @@ class Layer {
         sort();
         arrange.count = ((tiled ? row_count : x_count()) + TOKENS_A_TASK - 1) / TOKENS_A_TASK;
         up_parts = (c.inter + up_part - 1) / up_part;
+        down_parts = (c.hidden + down_part - 1) / down_part;
         up.count = run_count * up_parts;
-        down.count = (c.hidden + down_part - 1) / down_part;
+        down.count = nodes * down_parts;
+        join.count = nodes > 1 && !c.rows ? (c.tokens + TOKENS_A_TASK - 1) / TOKENS_A_TASK : 0;
+        up.nodes = down.nodes = nodes;
+        for (long n = 0; n < nodes; ++n) up.begin[n] = first_run[n] * up_parts, down.begin[n] = n * down_parts;
         const double work = 3.0 * run_count * c.hidden * c.inter;  // numbers to read
         run_threads(thread, this, least(c.threads, 1 + (long)(work / READS_A_THREAD)), c.fork);
         return true;
@@ -151,14 +161,16 @@ class Layer {
     const long slot_count;
     long up_part, down_part;  // rows of gate and of up, and of down, that a task takes
     bool tiled;  // tokens lie in the order of experts, so that those of one are evenly apart
-    long x_pitch, h_pitch, up_parts = 0, run_count = 0, row_count = 0;
+    long x_pitch, h_pitch, up_parts = 0, down_parts = 0, run_count = 0, row_count = 0;
+    long nodes, first_run[MAX_NODES + 1] = {};  // of each node
+    float* node_sums;  // [nodes - 1][tokens][hidden], of all but the first node
     int32_t* slots;  // in the order of experts
     Run* runs;
     const token **x_rows, **h_rows;
     token *x, *h;
     char* scratch;
     size_t scratch_size;
-    Tasks arrange, up, down;
+    Tasks arrange, up, down, join;
     std::atomic<long> joined{0};
 
     // So many of these rows that every thread has several tasks; memory likes long ones.
@@ -177,6 +189,7 @@ class Layer {
         const long beyond = tiled ? SIDE : 0;  // rows that the last tile reads too
         x = cut.take<token>((x_count() + beyond) * x_pitch);
         h = cut.take<token>((slot_count + beyond) * h_pitch);
+        node_sums = cut.take<float>(c.rows ? 0 : (nodes - 1) * c.tokens * c.hidden);
         Cut one = {nullptr, 0};
         lay_out_scratch(one);
         scratch_size = one.used;
@@ -208,6 +221,10 @@ class Layer {
             runs[e].begin -= runs[e].count;
             if (runs[e].count) runs[run_count++] = runs[e];
         }
+        for (long n = 0, r = 0; n <= nodes; ++n) {
+            while (r < run_count && runs[r].expert * nodes / c.experts < n) ++r;
+            first_run[n] = r;
+        }
         row_count = run_count ? runs[run_count - 1].begin + runs[run_count - 1].count : 0;
         for (long r = 0; r < row_count; ++r) {
             x_rows[r] = x + (tiled ? r : x_row(slots[r])) * x_pitch;
@@ -224,9 +241,12 @@ class Layer {
         std::optional<TileSetup> setup;
         if (tiled) setup.emplace();
 #endif
+        const int cpu = nodes > 1 ? sched_getcpu() : -1;
+        const long node = cpu >= 0 && cpu < c.cpus ? c.node_of_cpu[cpu] : 0;
         arrange.each([&](long task, long) { arrange_tokens(task); });
-        up.each([&](long task, long next) { gate_and_up(task, next, s); });
-        down.each([&](long task, long next) { down_into(task, next, s); });
+        up.each([&](long task, long next) { gate_and_up(task, next, s); }, node);
+        down.each([&](long task, long next) { down_into(task, next, s); }, node);
+        join.each([&](long task, long) { join_nodes(task); });
     }
 
     void arrange_tokens(long task) {
@@ -359,17 +379,20 @@ class Layer {
     }
 
     void down_into(long task, long next, const Scratch& s) const {
-        const long first = task * down_part, n = least(down_part, c.hidden - first);
-        for (long t = 0; t < (c.rows ? slot_count : c.tokens); ++t) memset(c.out + t * c.hidden + first, 0, n * sizeof(float));
-        for (const Run* run = runs; run < runs + run_count; ++run) {
+        const long node = task / down_parts, first = task % down_parts * down_part, n = least(down_part, c.hidden - first);
+        float* out = node && !c.rows ? node_sums + (node - 1) * c.tokens * c.hidden : c.out;
+        for (long t = 0; t < (c.rows ? slot_count : c.tokens); ++t)
+            if (!c.rows || (!node && !chosen(t))) memset(out + t * c.hidden + first, 0, n * sizeof(float));
+        const Run* end = runs + first_run[node + 1];
+        for (const Run* run = runs + first_run[node]; run < end; ++run) {
             const Rows<elem> down = down_rows(*run, first), none = {nullptr, 0, 1};
             const bool panel = by_panel(down, *run);
             if (panel) fill(s.panel, down, *run, n, c.inter);
             Rows<elem> then = none;
-            if (run + 1 < runs + run_count)
+            if (run + 1 < end)
                 then = down_rows(run[1], first);
-            else if (next < this->down.count)
-                then = down_rows(runs[0], next * down_part);
+            else if (next < this->down.count && first_run[next / down_parts] < run_count)
+                then = down_rows(runs[first_run[next / down_parts]], next % down_parts * down_part);
             for (long from = 0; from < run->count; from += CHUNK) {
                 const long count = least(CHUNK, run->count - from);
                 const bool last = from + count == run->count;
@@ -377,20 +400,26 @@ class Layer {
                 for (long t = 0; t < count; ++t) {
                     float* y = s.gate + t * ROOM;
                     finish(y, n, c.w2_scale, c.b2, run->expert * c.hidden + first, 1);
-                    add(y, slots[run->begin + from + t], first, n);
+                    add(out + first, y, slots[run->begin + from + t], n);
                 }
             }
         }
     }
 
-    void add(const float* y, long slot, long first, long n) const {
+    void add(float* out, const float* y, long slot, long n) const {
         if (c.rows) {
-            memcpy(c.out + slot * c.hidden + first, y, n * sizeof(float));
+            memcpy(out + slot * c.hidden, y, n * sizeof(float));
             return;
         }
         const float weight = c.weights ? c.weights[slot] : 1.0f;
-        float* out = c.out + slot / c.top_k * c.hidden + first;
+        out += slot / c.top_k * c.hidden;
         for (long i = 0; i < n; ++i) out[i] += weight * y[i];
+    }
+
+    void join_nodes(long task) const {
+        const long begin = task * TOKENS_A_TASK * c.hidden, end = least(begin + TOKENS_A_TASK * c.hidden, c.tokens * c.hidden);
+        for (long n = 0; n < nodes - 1; ++n)
+            for (long i = begin; i < end; ++i) c.out[i] += node_sums[n * c.tokens * c.hidden + i];
     }
 };
 

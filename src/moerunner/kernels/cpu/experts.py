@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moerunner.errors import UnsupportedError
-from moerunner.kernels.cpu import library
+from moerunner.kernels.cpu import library, nodes
 from moerunner.kernels.operators import operator
 
 LAYOUTS = ("concat", "interleaved", "none")
@@ -49,6 +49,7 @@ def run(
     invariant: bool,
     *,
     own_threads: bool = False,
+    cpus_of_nodes: tuple[tuple[int, ...], ...] | None = None,
 ) -> Tensor:
     """`cpu_experts` by the path of this name.
 
@@ -58,8 +59,9 @@ def run(
         ids_TK: int64, any outside 0..E-1 is no expert. weights_TK: float32.
         layout: index into `LAYOUTS`, of w13's rows. kind: index into `KINDS`.
         rows: [T, K, H] unweighted rows in x's dtype instead of [T, H] weighted sums in float32.
-        invariant: a token's bits do not depend on the batch, which AMX is not used for.
+        invariant: a token's bits do not depend on the batch, nor on the nodes of memory: neither AMX nor outer products.
         own_threads: not those of PyTorch's pool.
+        cpus_of_nodes: the processors of each node of memory, by default what there is; the weights are spread over them.
     """
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     out = torch.empty((tokens, k, hidden) if rows else (tokens, hidden), dtype=torch.float32)
@@ -75,6 +77,12 @@ def run(
         w13, w2 = w13.to(x_TH.dtype), w2.to(x_TH.dtype)
     b13, b2 = (None if b is None else b.to(x_TH.dtype).contiguous() for b in (b13, b2))
     w13_scale, w2_scale = (None if s is None else s.contiguous() for s in (w13_scale, w2_scale))
+    if cpus_of_nodes is None:
+        cpus_of_nodes = nodes.ours()
+        if len(cpus_of_nodes) > 1:
+            nodes.spread(w13)
+            nodes.spread(w2)
+    node_of_cpu = nodes.of_cpus(cpus_of_nodes)
     call = library.Call(
         x_TH.data_ptr(), ids_TK.data_ptr(), None if input_weighting or rows else weights_TK.data_ptr(),
         w13.data_ptr(), w2.data_ptr(), _pointer(b13), _pointer(b2), _pointer(w13_scale), _pointer(w2_scale), out.data_ptr(),
@@ -82,6 +90,7 @@ def run(
         _DTYPES[x_TH.dtype], _DTYPES[w13.dtype], layout, kind, input_weighting, rows, invariant,
         alpha, beta, math.inf if limit is None else limit, gate_softcap or 0.0, up_softcap or 0.0,
         clamp_after, torch.get_num_threads(), None if own_threads else library.torch_threads(),
+        ctypes.addressof(node_of_cpu), len(node_of_cpu), len(cpus_of_nodes),
     )  # fmt: skip
     status = library.load(path).moerunner_experts(ctypes.byref(call))
     if status:

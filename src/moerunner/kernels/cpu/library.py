@@ -27,6 +27,9 @@ _FIELDS = (
     *((name, ctypes.c_double) for name in "alpha beta limit gate_softcap up_softcap".split()),
     *((name, ctypes.c_int64) for name in "clamp_after threads".split()),
     ("fork", ctypes.c_void_p),
+    ("node_of_cpu", ctypes.c_void_p),
+    ("cpus", ctypes.c_int64),
+    ("nodes", ctypes.c_int64),
 )
 
 

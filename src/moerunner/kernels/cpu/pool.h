@@ -82,12 +82,23 @@ inline void run_threads(Work work, void* data, long count, Fork fork) {
         run_own_threads(work, data, (int)count);
 }
 
-// Numbers 0, 1, ... handed out to whoever asks, and a wait for all of them to be done. It holds with any number of threads.
-struct Tasks {
-    std::atomic<long> given{0}, done{0};
-    long count = 0;
+constexpr long MAX_NODES = 8;  // of memory
 
-    long take() { return given.fetch_add(1, std::memory_order_relaxed); }
+// Numbers 0, 1, ... handed out to whoever asks, and a wait for all of them to be done. It holds with any number of threads.
+// Those from begin[node] on are a node's, whose threads get them first; the first node begins with 0.
+struct Tasks {
+    std::atomic<long> given[MAX_NODES] = {}, done{0};
+    long begin[MAX_NODES] = {}, nodes = 1, count = 0;
+
+    // count or more if there is none left.
+    long take(long node) {
+        for (long i = 0; i < nodes; ++i) {
+            const long n = (node + i) % nodes, end = n + 1 < nodes ? begin[n + 1] : count;
+            const long task = begin[n] + given[n].fetch_add(1, std::memory_order_relaxed);
+            if (task < end) return task;
+        }
+        return count;
+    }
     void finish() { done.fetch_add(1, std::memory_order_release); }
     void wait() const {
         for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
@@ -100,9 +111,9 @@ struct Tasks {
 
     // Every task once, each with the one that this thread does after it; returns when all are done, also those of others.
     template <class F>
-    void each(F f) {
-        for (long task = take(), next; task < count; task = next) {
-            next = take();
+    void each(F f, long node = 0) {
+        for (long task = take(node), next; task < count; task = next) {
+            next = take(node);
             f(task, next);
             finish();
         }
