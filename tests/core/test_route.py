@@ -60,6 +60,24 @@ def test_the_oracle_is_the_formula(spec, seed):
         assert_close(shared[clear], exact_shared[clear], 1e-12)  # normalised together with the chosen ones
 
 
+@pytest.mark.parametrize(
+    ("logits", "margin"),
+    [
+        ([0.9, 0.9 - 1e-8, 0.3, 0.2], 1e-8),  # whichever comes first, the two weights change places
+        ([0.9, 0.7, 0.9 * (1 - 0.02) - 1e-9, 0.2], 1e-9),  # near the best or not, which is one weight or another
+        ([0.9, 0.5, 0.5 - 3e-9, 0.2], 3e-9),  # the last chosen and the first left out
+        ([0.9, 0.6, 0.4, 0.2], 0.188),  # the third lies at least this far from being near the second
+    ],
+)
+def test_sparsemixer_is_no_clearer_than_its_order_and_what_lies_near(logits, margin):
+    routing = RoutingSpec(score="sparsemixer", renormalise="none", jitter=0.01)
+    experts = ExpertsSpec(intermediate_size=8)
+    spec = MoESpec(hidden_size=8, num_experts=4, top_k=2, routing=routing, experts=experts, apply_routed_scale_to_output=False)
+    given_logits = torch.tensor([logits], dtype=torch.float64)
+    (choice,) = reference_route(spec, make_weights(spec, 0), torch.zeros(1, 8), router_logits=given_logits)
+    assert choice.margin == pytest.approx(margin, rel=1e-6)
+
+
 @settings(max_examples=80)
 @given(routed_specs, SEEDS, st.sampled_from(KINDS))
 def test_every_rule_equals_the_oracle(spec, seed, kind):

@@ -167,25 +167,54 @@ def test_cached_decode_gives_the_tokens_of_transformers(case):
         assert relative(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("case", tiered(FIRST.values()))
-def test_gradients_of_every_parameter_equal_those_of_transformers(case):
-    plain = build(case)
-    inputs = inputs_of(plain)
-    patched = copy.deepcopy(plain)
-    patch(patched)
-    with torch.no_grad():
-        towards = torch.randn_like(run(plain, inputs))  # a norm at the end would make the gradient of a square vanish
-    for model in (plain, patched):
-        (run(model, inputs) * towards).mean().backward()
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    least = 1e-2 * max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
-    for name, parameter in patched.named_parameters():
+def gradients(model, inputs, towards):
+    model.zero_grad()
+    (run(model, inputs) * towards).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def far_apart(case, found, expected):
+    """The names of those that differ by more than rounding."""
+    least, names = 1e-2 * max(float(grad.abs().max()) for grad in expected.values() if grad is not None), []
+    for name, grad in found.items():
         wanted = expected[name]
         if wanted is None:  # an expert that nobody chose; where all are put together, it gets a gradient of 0
-            assert parameter.grad is None or (CASES[case][0] in COPY and not parameter.grad.any()), name
+            right = grad is None or (CASES[case][0] in COPY and not grad.any())
         else:  # much smaller ones are what is left of large ones that cancel, and so is a number that sums over all tokens
             limit = 1e-4 if wanted.numel() <= 8 else 2e-5
-            assert float((parameter.grad - wanted).abs().max()) <= limit * max(least, float(wanted.abs().max())), name
+            right = grad is not None and float((grad - wanted).abs().max()) <= limit * max(least, float(wanted.abs().max()))
+        names += [] if right else [name]
+    return names
+
+
+def at_a_kink(case, plain, inputs, towards, expected, names):
+    """Whether these of Transformers' own gradients jump when weights change by rounding: a value lies at a limit."""
+    for _ in range(8):
+        nudged = copy.deepcopy(plain)
+        with torch.no_grad():
+            for parameter in nudged.parameters():
+                parameter.mul_(1 + 2e-6 * torch.randn_like(parameter))
+        jumped = far_apart(case, gradients(nudged, inputs, towards), expected)
+        if set(names) <= set(jumped):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("case", tiered(FIRST.values()))
+def test_gradients_of_every_parameter_equal_those_of_transformers(case):
+    for _ in range(3):
+        plain = build(case)
+        inputs = inputs_of(plain)
+        patched = copy.deepcopy(plain)
+        patch(patched)
+        with torch.no_grad():
+            towards = torch.randn_like(run(plain, inputs))  # a norm at the end would make the gradient of a square vanish
+        expected = gradients(plain, inputs, towards)
+        names = far_apart(case, gradients(patched, inputs, towards), expected)
+        if not names:
+            return
+        assert at_a_kink(case, plain, inputs, towards, expected, names), names
+    pytest.fail(f"three draws with a value at a limit: {names}")
 
 
 @pytest.mark.parametrize("case", tiered(FIRST.values()))

@@ -19,7 +19,10 @@ from moerunner.values import LayerWeights, TopK
 
 @dataclass(frozen=True)
 class Choice:
-    """One token's routing. margin: how far the last chosen key lies above the best one left out (inf where none is)."""
+    """One token's routing. margin: how far the last chosen key lies above the best one left out (inf where none is).
+
+    With sparsemixer the order of the two and which logits lie near decide on the weights too: then it is the least distance.
+    """
 
     ids: list[int]
     weights: list[float]
@@ -106,8 +109,8 @@ def _route(spec: MoESpec, weights: LayerWeights, logits: list[float], token_id: 
     margin = math.inf
     learned = float(weights.tensors["global_scale"].detach()) if r.global_scale else 1.0
     if r.score == "sparsemixer":
-        ids, w = _sparsemixer(z, r.jitter)
-        return Choice(ids, _times_scales(w, ids, weights, learned), [], _gap(z, ids, allowed))
+        ids, w, edge = _sparsemixer(z, r.jitter)
+        return Choice(ids, _times_scales(w, ids, weights, learned), [], min(edge, _gap(z, ids, allowed)))
     score = _scores(z, r.score, allowed)
     if r.choose == "hash":
         assert token_id is not None
@@ -176,15 +179,16 @@ def _grouped(key: list[float], count: int, kept: int, how: str, fill: str) -> tu
     return masked, _gap(best, winners, range(count))
 
 
-def _sparsemixer(z: list[float], jitter: float) -> tuple[list[int], list[float]]:
-    ids, w = [], []
+def _sparsemixer(z: list[float], jitter: float) -> tuple[list[int], list[float], float]:
+    ids, w, edge = [], [], math.inf
     for _ in range(2):
         left = [e for e in range(len(z)) if e not in ids]
         best = max(left, key=lambda e: (z[e], -e))
         near = [e for e in left if z[e] == z[best] or (z[best] - z[e]) / max(abs(z[e]), z[best]) <= 2 * jitter]
         w.append(1 / sum(math.exp(z[e] - z[best]) for e in near))
+        edge = min([edge, *(abs(z[best] - z[e] - 2 * jitter * max(abs(z[e]), z[best])) for e in left if e != best)])
         ids.append(best)
-    return ids, w
+    return ids, w, min(edge, z[ids[0]] - z[ids[1]])
 
 
 def _layer(spec: MoESpec, weights: LayerWeights, x: Tensor, choice: Choice) -> Tensor:
