@@ -1,9 +1,11 @@
 """Several ranks on the GPUs of one machine: NCCL on every layout, models, faults, and what a side stream gains.
 
-    python scripts/gpu_ranks.py results.json [--device cuda] [--seconds 95]
+    python scripts/gpu_ranks.py results.json [--device cuda] [--seconds 95] [--share]
 
 Starts the ranks itself, on 4 GPUs or 2, whatever there are; `--device cpu` runs the same over gloo. Writes JSON with the
 environment; exits 1 if anything is wrong or missing. After `--seconds` whatever still runs is ended, and counts as missing.
+`--share`: four ranks on fewer GPUs, each told to be a machine of its own, since NCCL refuses two ranks of one machine on a GPU.
+They speak over sockets, as several machines do; nothing is timed then.
 
 Bound of a layer: twice the error of one rank in the same dtype, plus 1e-6 (both against float64). A draw above it is followed
 by 15 others of the tokens, and the median of their ratios decides.
@@ -293,7 +295,7 @@ def work(options: argparse.Namespace) -> None:
     """One rank."""
     device = options.device
     if device == "cuda":
-        torch.cuda.set_device(options.rank + options.first)
+        torch.cuda.set_device((options.rank + options.first) % torch.cuda.device_count())
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_num_threads(1)
@@ -307,7 +309,7 @@ def work(options: argparse.Namespace) -> None:
     def model() -> None:
         rank.model(options.folder / f"model{options.world}")
 
-    for job in (rank.layers, model, rank.graph, rank.overlap):
+    for job in (rank.layers, model, rank.graph, *([] if options.share else [rank.overlap])):
         start = time.monotonic()
         try:
             job()
@@ -325,7 +327,7 @@ def work(options: argparse.Namespace) -> None:
 class World:
     """The processes of one job."""
 
-    def __init__(self, job: str, world: int, first: int, device: str, folder: Path) -> None:
+    def __init__(self, job: str, world: int, first: int, device: str, folder: Path, share: bool) -> None:
         self.job, self.world, self.folder, self.began, self.ended = job, world, folder, time.monotonic(), 0.0
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -338,9 +340,10 @@ class World:
                 "WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                **(machine(str(rank)) if share else {}),
             }
             command = [sys.executable, __file__, str(folder / "none"), "--rank", str(rank), "--world", str(world), "--job", job]
-            command += ["--first", str(first), "--device", device, "--folder", str(folder)]
+            command += ["--first", str(first), "--device", device, "--folder", str(folder), *(["--share"] if share else [])]
             words = (folder / f"{job}.{rank}.txt").open("w")
             self.processes.append(subprocess.Popen(command, env=env, stdout=words, stderr=words, start_new_session=True))
 
@@ -387,8 +390,15 @@ class World:
         return facts | {"hung": hung}
 
 
-def command_line(world: int, seconds: float) -> Iterator[dict[str, Any]]:
+def machine(name: str) -> dict[str, str]:
+    """The environment of a rank that shares its GPU: NCCL takes it for a machine of this name."""
+    return {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
+
+
+def command_line(world: int, seconds: float, share: bool) -> Iterator[dict[str, Any]]:
     """`torchrun -m moerunner` of the shipped model: the verbs that run on several ranks, and what one rank says."""
+    alone_there = " ".join(f"{name}={value}" for name, value in machine("$RANK").items())
+    each = ["--no-python", "sh", "-c", f'{alone_there} exec "$@"', "rank", sys.executable] if share else []
     path = Path(moerunner.__file__).parent / "assets" / "demo"
     prompt = ["import os", "--max-new-tokens", "12"]
     wide = ["--tp", "2", "--ep", "2"] if world == 4 else ["--tp", str(world)]
@@ -396,7 +406,7 @@ def command_line(world: int, seconds: float) -> Iterator[dict[str, Any]]:
     said: dict[str, Any] = {}
     for name, more in runs.items():
         verb, alone = name.split()[0], name.endswith("alone")
-        torchrun = [] if alone else ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
+        torchrun = [] if alone else ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *each, "-m"]
         command = [sys.executable, "-m", *torchrun, "moerunner", verb, str(path), *more, "--dtype", "float32", "--json"]
         began = time.monotonic()
         facts: dict[str, Any] = {"job": f"cli-{world}", "check": f"cli {name}", "world": world}
@@ -417,6 +427,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=95.0)
     parser.add_argument("--ranks", type=int, help="the largest world; default: the GPUs there are, at most 4")
+    parser.add_argument("--share", action="store_true", help="several ranks on a GPU, each as a machine of its own")
     parser.add_argument("--jobs", type=lambda s: s.split(","), help="only these, such as all-2,fault-kill-2,cli-4")
     for name, kind in (("rank", int), ("world", int), ("first", int), ("job", str), ("folder", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -425,7 +436,7 @@ def main() -> None:
         work(options)
         return
     start = time.monotonic()
-    most = options.ranks or (min(4, torch.cuda.device_count()) if options.device == "cuda" else 4)
+    most = options.ranks or (min(4, torch.cuda.device_count()) if options.device == "cuda" and not options.share else 4)
     folder = Path(tempfile.mkdtemp())
     faults = [(f"fault-{kind}-2", 2, 2 if most >= 4 else 0) for kind in ("kill", "stop", "raise")]
     # Each wave's jobs run at once. Times are taken where no other job has the same GPUs.
@@ -442,12 +453,13 @@ def main() -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": options.device,
+            "share": options.share,
             "seconds": round(time.monotonic() - start, 1),
         }
 
     for number, wave in enumerate(waves):
         end = start + options.seconds * (0.6 if number == 0 and all(waves) else 1)
-        worlds = [World(*job, options.device, folder) for job in wave]
+        worlds = [World(*job, options.device, folder, options.share) for job in wave]
         while time.monotonic() < end:
             over = [w.over() for w in worlds]  # each is asked, every time
             if all(over):
@@ -460,7 +472,7 @@ def main() -> None:
     for world in (2, 4)[: most // 2]:
         if options.jobs and f"cli-{world}" not in options.jobs:
             continue
-        found += command_line(world, max(20.0, start + options.seconds - time.monotonic()))
+        found += command_line(world, max(20.0, start + options.seconds - time.monotonic()), options.share)
         options.out.write_text(json.dumps({"environment": environment(), "results": found}, indent=1) + "\n")
     wrong = [f for f in found if not f["ok"]]
     for one in wrong[:40]:

@@ -14,7 +14,7 @@ from tests.support.strategies import make_weights
 from moerunner import ExpertsSpec, LayerWeights, Layout, MoERunner, MoESpec, Options, RoutingSpec, SharedSpec, TransformSpec
 from moerunner.execute import Verbs
 from moerunner.kernels import replay as subject
-from moerunner.kernels.replay import MOST_TOKENS, Replays
+from moerunner.kernels.replay import FEW_TOKENS, MOST_TOKENS, Replays
 from moerunner.parallel.comm import comm_of
 from moerunner.parallel.pairs import SlotMap
 from moerunner.plan import resolve
@@ -120,20 +120,24 @@ def test_weights_that_lie_elsewhere_each_time_are_never_recorded(gpu_like):
 
 
 @pytest.mark.parametrize("tokens", [0, MOST_TOKENS + 1])
-def test_no_tokens_and_many_are_run_plainly(gpu_like, tokens):
+def test_no_tokens_and_too_many_are_run_plainly(gpu_like, tokens):
     replays = Replays()
     for _ in range(3):
         call(replays, gpu_like, tokens)
     assert gpu_like.counts == (3, 0, 0)
 
 
-def test_no_more_graphs_than_the_limit(gpu_like, monkeypatch):
-    monkeypatch.setattr(subject, "_MOST_GRAPHS", 2)
+def test_no_more_graphs_than_the_limit_of_few_tokens_and_of_many(gpu_like, monkeypatch):
+    monkeypatch.setattr(subject, "_MOST_GRAPHS", {FEW_TOKENS: 2, MOST_TOKENS: 1})
     replays = Replays()
     for _ in range(3):
-        for tokens in (1, 2, 3):
+        for tokens in (1, 2, FEW_TOKENS):
             call(replays, gpu_like, tokens)
     assert gpu_like.counts == (5, 2, 2)
+    for _ in range(3):
+        for tokens in (FEW_TOKENS + 1, MOST_TOKENS):
+            call(replays, gpu_like, tokens)
+    assert gpu_like.counts == (9, 3, 3)
 
 
 def test_after_a_recording_that_failed_nothing_is_recorded(gpu_like):
@@ -212,7 +216,7 @@ def tensors(w: LayerWeights) -> dict[str, torch.Tensor]:
 def test_replays_give_the_same_bits(dtype, inference):
     graphs, plain = layers(dtype=dtype)
     with torch.inference_mode(inference), torch.no_grad():
-        for tokens in (1, 2, 8, 33, 64, 65, 0, 1):
+        for tokens in (1, 2, 8, 33, 64, 65, 0, 1, 1000, MOST_TOKENS, MOST_TOKENS + 1):
             for _ in range(4):
                 x = torch.randn(tokens, 64, device="cuda", dtype=dtype)
                 before = x.clone()
@@ -222,7 +226,7 @@ def test_replays_give_the_same_bits(dtype, inference):
     with torch.no_grad():  # what was made under inference_mode serves outside it
         x = torch.randn(2, 64, device="cuda", dtype=dtype)
         assert torch.equal(graphs(x), plain(x))
-    assert any(seen.replay for seen in graphs._replays._seen.values())
+    assert all(any(seen.replay for seen in known.values()) for known in graphs._replays._seen.values())
 
 
 @gpu
@@ -313,17 +317,21 @@ def test_under_forward_differentiation_nothing_is_recorded():
         x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
         for _ in range(3):
             graphs(x)
-        assert graphs._replays._seen
-        seen = len(graphs._replays._seen)
+        seen = {size: len(known) for size, known in graphs._replays._seen.items()}
+        assert any(seen.values())
         with torch.autograd.forward_ad.dual_level():
             graphs(torch.randn(5, 64, device="cuda", dtype=torch.bfloat16))
-        assert len(graphs._replays._seen) == seen
+        assert {size: len(known) for size, known in graphs._replays._seen.items()} == seen
 
 
 @gpu
 def test_the_memory_that_graphs_use_is_theirs():
     graphs, plain = layers()
-    x = torch.randn(48, 64, device="cuda", dtype=torch.bfloat16)
+    for tokens in (48, 3000):
+        keeps_to_its_memory(graphs, plain, torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16))
+
+
+def keeps_to_its_memory(graphs: MoERunner, plain: MoERunner, x: torch.Tensor) -> None:
     with torch.no_grad():
         for _ in range(3):
             graphs(x)

@@ -1,5 +1,5 @@
-"""Few tokens on a GPU: Python takes longer to launch a layer's kernels than they run. So the launches are recorded once, as a
-CUDA graph, and later calls launch that.
+"""Up to some thousand tokens on a GPU: Python takes longer to launch a layer's kernels than they run. So the launches are
+recorded once, as a CUDA graph, and later calls launch that.
 
 A graph reads the weights where they lay when it was recorded. Their places are compared at every call, so that whatever
 happens to a layer's tensors is seen. PyTorch's switches for matrix products are those of the recording.
@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from moerunner.errors import first_line
 from moerunner.values import LayerWeights
 
-MOST_TOKENS = 64
-_MOST_GRAPHS = 2 * MOST_TOKENS  # of a layer; a size beyond them is launched kernel by kernel
+FEW_TOKENS, MOST_TOKENS = 64, 4096
+_MOST_GRAPHS = {FEW_TOKENS: 128, MOST_TOKENS: 16}  # of a layer, up to so many tokens; others are launched kernel by kernel
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -45,10 +45,10 @@ class Stage:
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and results of x's shape and dtype."""
-        kind = x.shape[1], x.dtype
+        kind = most, *_ = _size(x), x.shape[1], x.dtype
         if kind not in self._rows:
             with torch.inference_mode(False):
-                both = torch.empty(2, MOST_TOKENS, x.shape[1], dtype=x.dtype, device=x.device).unbind()
+                both = torch.empty(2, most, x.shape[1], dtype=x.dtype, device=x.device).unbind()
             self._rows[kind] = both[0], both[1]
         first, second = self._rows[kind]
         return first[: x.shape[0]], second[: x.shape[0]]
@@ -72,7 +72,7 @@ class Replays:
     """For all layers: a recording failed, as others would."""
 
     def __init__(self) -> None:
-        self._seen: dict[Hashable, _Seen] = {}
+        self._seen: dict[int, dict[Hashable, _Seen]] = {size: {} for size in _MOST_GRAPHS}
 
     def __call__(self, run: Run, x_TH: Tensor, w: LayerWeights, plan: Hashable) -> Tensor:
         """`run(x_TH)`, as one launch if it ran twice before with these weights for so many tokens.
@@ -86,10 +86,12 @@ class Replays:
             return run(x_TH)
         where = x_TH.device, torch.cuda.current_stream(x_TH.device).cuda_stream
         key = plan, x_TH.shape, where
-        seen = self._seen.get(key)
+        size = _size(x_TH)
+        known = self._seen[size]
+        seen = known.get(key)
         if seen is None or seen.places != places:
-            if seen is not None or len(self._seen) < _MOST_GRAPHS:
-                self._seen[key] = _Seen(places)
+            if seen is not None or len(known) < _MOST_GRAPHS[size]:
+                known[key] = _Seen(places)
             return run(x_TH)
         if seen.replay is not None:
             return seen.replay(x_TH)
@@ -103,6 +105,10 @@ class Replays:
             warnings.warn(f"layers' launches are not recorded as CUDA graphs, since one failed: {what}", stacklevel=3)
             return run(x_TH)
         return out
+
+
+def _size(x: Tensor) -> int:
+    return FEW_TOKENS if x.shape[0] <= FEW_TOKENS else MOST_TOKENS
 
 
 def _plain(x: Tensor) -> bool:
