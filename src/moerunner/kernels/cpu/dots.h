@@ -115,15 +115,33 @@ struct Soon {
     long step, length;
 };
 
-// Fetches a part of so many rows into the second cache, one after the other.
-INLINE void fetch_rows(Soon soon, long rows, long part, long parts) {
-    const long all = rows * soon.length, begin = part * all / parts, end = (part + 1) * all / parts;
-    const char *row = soon.row + begin / soon.length * soon.step, *at = row + begin % soon.length;
-    for (long i = begin; i < end; i += 64, at += 64) {
-        if (at >= row + soon.length) row += soon.step, at = row;
-        __builtin_prefetch(at, 0, 2);
+// Lines of memory that are fetched into the second cache bit by bit, row after row.
+class Ahead {
+   public:
+    // Part `part` of `parts` of so many rows.
+    Ahead(Soon soon, long rows, long part, long parts) : length_(soon.length), step_(soon.step) {
+        if (!soon.row) return;
+        const long lines = (soon.length + 63) / 64, begin = part * rows * lines / parts;
+        left_ = (part + 1) * rows * lines / parts - begin;
+        row_ = soon.row + begin / lines * soon.step;
+        at_ = row_ + begin % lines * 64;
     }
-}
+
+    inline __attribute__((always_inline)) void line() {
+        if (left_ <= 0) return;
+        __builtin_prefetch(at_, 0, 2);
+        --left_, at_ += 64;
+        if (at_ >= row_ + length_) row_ += step_, at_ = row_;
+    }
+
+    void all() {
+        while (left_ > 0) line();
+    }
+
+   private:
+    long left_ = 0, length_, step_;
+    const char *row_ = nullptr, *at_ = nullptr;
+};
 
 template <class K, int R, int T>
 static void tile(const typename K::elem* w, long step, const typename K::token* const* x, long from, long steps, vf* acc, bool fresh) {
@@ -199,7 +217,7 @@ struct Product {
         const long groups = (rows + R - 1) / R;
         auto first = [&](long g) { return least(g * R, rows - R); };
         for (long g = 0; g < groups; ++g) {
-            if (next.row) fetch_rows({next.row + first(g) * next.step, next.step, next.length}, R, turn, turns);
+            Ahead(next, rows, turn * groups + g, turns * groups).all();
             block<K, R, T>(w + first(g) * step, step, x + t, from, to, a + g * R * T, from == 0);
         }
         if (to == width) scatter<R, T>(a, groups, t, first, [](long) { return 1; });

@@ -53,30 +53,6 @@ static void pack_panels(float* panel, const typename K::elem* w, long step, long
             }
 }
 
-// Lines of memory that are fetched into the second cache bit by bit, row after row.
-class Ahead {
-   public:
-    // Part `part` of `parts` of so many rows.
-    Ahead(Soon soon, long rows, long part, long parts) : length_(soon.length), step_(soon.step) {
-        if (!soon.row) return;
-        const long lines = rows * ((soon.length + 63) / 64), begin = part * lines / parts;
-        left_ = (part + 1) * lines / parts - begin;
-        row_ = soon.row + begin * 64 / soon.length * soon.step;
-        at_ = row_ + begin * 64 % soon.length;
-    }
-
-    inline __attribute__((always_inline)) void line() {
-        if (left_ <= 0) return;
-        __builtin_prefetch(at_, 0, 2);
-        --left_, at_ += 64;
-        if (at_ >= row_ + length_) row_ += step_, at_ = row_;
-    }
-
-   private:
-    long left_ = 0, length_, step_;
-    const char *row_ = nullptr, *at_ = nullptr;
-};
-
 // Adds `steps` numbers of each of T tokens, from `from` on, to out, or begins with them.
 template <int T>
 static void outer(const float* panel, long from, long steps, const float* const* x, float* out, long pitch, Ahead ahead) {
