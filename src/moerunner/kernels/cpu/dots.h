@@ -223,15 +223,6 @@ struct Product {
         if (to == width) scatter<R, T>(a, groups, t, first, [](long) { return 1; });
     }
 
-    template <int T>
-    void some(long t, long from, long to, vf* a, long turn, long turns) const {
-        constexpr int R = ROWS_AT_ONCE[T];
-        if (rows >= R)
-            tokens_at<R, T>(t, from, to, a, turn, turns);
-        else
-            tokens_at<1, T>(t, from, to, a, turn, turns);
-    }
-
     // Few tokens: rows come from memory, each once. Those that are read together lie far apart, so that each is a stream of
     // its own to the processor, which fetches ahead in all of them. Those that are left over when rows do not divide lie
     // together, with some that were done.
@@ -250,25 +241,23 @@ struct Product {
             at_most_tokens<T>(tokens - p * T, [&](auto n) { scatter<R, n>(at(p), groups, p * T, first, apart); });
     }
 
-    template <int T>
-    void stream_rows() const {
-        constexpr int R = STREAMS[T];
-        if (rows >= R)
-            stream<R, T>();
-        else
-            stream<1, T>();
-    }
-
     void run() const {
-        if (tokens <= STREAMED) return at_most_tokens<MAX_T>(tokens, [&](auto n) { stream_rows<n>(); });
+        if (tokens <= STREAMED)
+            return at_most_tokens<MAX_T>(tokens, [&](auto n) {
+                constexpr int R = STREAMS[n];
+                rows >= R ? stream<R, n>() : stream<1, n>();
+            });
         const long block = BLOCK_BYTES / (long)sizeof(token), blocks = (width + block - 1) / block;
         const long quads = (tokens + MAX_T - 1) / MAX_T, span = MAX_T * (rows + MAX_R);
         for (long from = 0; from < width; from += block) {
             const long to = from + block < width ? from + block : width;
             for (long q = 0; q < quads; ++q) {
                 vf* a = acc + (blocks > 1 ? q * span : 0);
-                const long t = q * MAX_T;
-                at_most_tokens<MAX_T>(tokens - t, [&](auto n) { some<n>(t, from, to, a, from / block * quads + q, blocks * quads); });
+                const long t = q * MAX_T, turn = from / block * quads + q, turns = blocks * quads;
+                at_most_tokens<MAX_T>(tokens - t, [&](auto n) {
+                    constexpr int R = ROWS_AT_ONCE[n];
+                    rows >= R ? tokens_at<R, n>(t, from, to, a, turn, turns) : tokens_at<1, n>(t, from, to, a, turn, turns);
+                });
             }
         }
     }
