@@ -67,6 +67,10 @@ def run(
     out = torch.empty((tokens, k, hidden) if rows else (tokens, hidden), dtype=torch.float32)
     if not out.numel():
         return out.to(x_TH.dtype) if rows else out
+    if cpus_of_nodes is None:
+        cpus_of_nodes = nodes.ours()
+        for held in (w13, w2) if cpus_of_nodes else ():  # not a copy in another dtype, which lives for one call
+            nodes.spread(held)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     if input_weighting:
         w_T1K = torch.where(ids_TK >= 0, weights_TK, 0).unsqueeze(-1)
@@ -77,11 +81,6 @@ def run(
         w13, w2 = w13.to(x_TH.dtype), w2.to(x_TH.dtype)
     b13, b2 = (None if b is None else b.to(x_TH.dtype).contiguous() for b in (b13, b2))
     w13_scale, w2_scale = (None if s is None else s.contiguous() for s in (w13_scale, w2_scale))
-    if cpus_of_nodes is None:
-        cpus_of_nodes = nodes.ours()
-        if len(cpus_of_nodes) > 1:
-            nodes.spread(w13)
-            nodes.spread(w2)
     node_of_cpu = nodes.of_cpus(cpus_of_nodes)
     call = library.Call(
         x_TH.data_ptr(), ids_TK.data_ptr(), None if input_weighting or rows else weights_TK.data_ptr(),

@@ -33,8 +33,9 @@ def of_system(folder: Path = Path("/sys/devices/system/node")) -> dict[int, tupl
 
 @cache
 def ours() -> tuple[tuple[int, ...], ...]:
-    """The same without the numbers."""
-    return tuple(of_system().values())
+    """The same without the numbers; none where there is but one node, so that nothing has to be told apart."""
+    found = tuple(of_system().values())
+    return found if len(found) > 1 else ()
 
 
 @cache
