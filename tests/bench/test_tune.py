@@ -32,7 +32,10 @@ def gpu(tmp_path, monkeypatch):
     tables.forget()
 
 
-@pytest.mark.parametrize("one", [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True), Specialised(128, True)])
+@pytest.mark.parametrize(
+    "one",
+    [OTHER, Few(Product(2, 64, 4, 1), Product(8, 32, 4, 1), prefetch=True, each=Product(4, 16, 1, 1)), Specialised(128, True)],
+)
 def test_tiles_survive_json(one):
     assert tiles.from_dict(json.loads(json.dumps(tiles.to_dict(one)))) == one
 

@@ -19,6 +19,7 @@ _PRODUCT = Product(block_n=32, block_k=32, warps=4, stages=2)
 _WITH_TMA = Product(block_n=32, block_k=32, warps=4, stages=2, tma=True)
 TILES = {
     "few": Few(Product(32, 64, 4, 1), Product(64, 32, 4, 1)),
+    "few, each": Few(Product(32, 64, 4, 1), Product(64, 32, 4, 1), each=Product(32, 16, 4, 1)),
     "grouped": Grouped(16, _PRODUCT, _PRODUCT),
     "tma": Grouped(16, _WITH_TMA, _WITH_TMA),
 }

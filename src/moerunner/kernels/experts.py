@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moerunner.kernels import hopper, tables
 from moerunner.kernels import tiles as tile_choice
 from moerunner.kernels.common import blocks, computable, has_tma, launch, power_of_2
-from moerunner.kernels.few import few_down, few_gate_up
+from moerunner.kernels.few import few_down, few_down_each, few_gate_up
 from moerunner.kernels.grouped import copy_rows, down, gate_up, sum_slots
 from moerunner.kernels.operators import operator
 from moerunner.kernels.order import Tiled, order_slots
@@ -123,6 +123,14 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         device=x.device, warps=up.warps, first=True,
     )  # fmt: skip
     out = _empty_output(x, ids, w2, output)
+    if output != ROWS and (each := tiles.each) is not None:
+        launch(
+            few_down_each, (blocks(hidden, each.block_n), tokens),
+            h_SI, ids, w2, b2, weights, out, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
+            not input_weighting, k, each.block_n, each.block_k,
+            device=x.device, warps=each.warps,
+        )  # fmt: skip
+        return out
     launch(
         few_down, (blocks(hidden, dn.block_n), tokens),
         h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),

@@ -2,7 +2,8 @@
 
 Time is the reading of the weights of the chosen experts, so programs are cut along the weights' rows, loads are as wide as they
 can be, and products are plain multiplications that are summed once at the end. `few_down` owns a piece of the output and adds a
-token's experts itself, in slot order.
+token's experts itself, in slot order; `few_down_each` takes one expert after the other, so that a number of experts that is no
+power of two, or a width that its blocks do not divide, wastes less.
 
 Shape suffixes: T tokens, K chosen experts, S = T * K slots, H hidden, I intermediate.
 """
@@ -157,3 +158,57 @@ def few_down(
     else:
         at = slot.to(tl.int64)[:, None] * hidden + column[None, :]
         tl.store(out + at, y.to(out.dtype.element_ty), mask=(k < K)[:, None] & inside[None, :])
+
+
+@triton.jit
+def few_down_each(
+    h_SI,
+    ids_S,
+    w2,
+    b2,
+    weights_S,
+    out,
+    E,
+    hidden,
+    inter,
+    scale,
+    stride_we,
+    stride_wh,
+    stride_wi,
+    stride_be,
+    stride_bh,
+    WEIGHTED: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N features of a token, [T, H]: the weighted products of its K experts in one sum, which is reduced once."""
+    if PDL:
+        gdc_launch_dependents()
+    token = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < hidden
+    w_row = tl.where(inside, column, 0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, inter, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        at = w_row[:, None] * stride_wh + i.to(tl.int64)[None, :] * stride_wi
+        for k in tl.static_range(K):  # unrolled: the loads of all experts are under way together
+            slot = token.to(tl.int64) * K + k
+            expert = tl.load(ids_S + slot).to(tl.int64)
+            taken = (expert >= 0) & (expert < E)
+            safe, weight = tl.where(taken, expert, 0), 1.0
+            if WEIGHTED:
+                weight = tl.load(weights_S + slot, mask=taken, other=0.0)
+            rest = taken & (i < inter)
+            h = tl.load(h_SI + slot * inter + i, mask=rest, other=0.0).to(tl.float32) * weight
+            acc += h[None, :] * tl.load(w2 + safe * stride_we + at, mask=rest[None, :], other=0.0).to(tl.float32)
+            if b2 is not None:
+                once = inside & taken & (start == 0)
+                bias += tl.load(b2 + safe * stride_be + w_row * stride_bh, mask=once, other=0.0).to(tl.float32) * weight
+    total = (tl.sum(acc, 1) + bias) * scale
+    tl.store(out + token.to(tl.int64) * hidden + column, total.to(out.dtype.element_ty), mask=inside)

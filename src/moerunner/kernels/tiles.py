@@ -52,12 +52,14 @@ class Transposed:
 class Few:
     """Tiles for `few.py`; stages and tma are not used there.
 
-    prefetch: the second kernel fetches its weights while the first still runs.
+    prefetch: `few_down` fetches its weights while the first kernel still runs. each: of `few_down_each`, which serves where the
+    experts' results are summed; None: `few_down` does.
     """
 
     up: Product
     down: Product
     prefetch: bool = False
+    each: Product | None = None
 
 
 Tiles = Few | Grouped | Specialised | Transposed
@@ -110,7 +112,15 @@ def invariant(itemsize: int) -> Grouped:
     return Grouped(64, *(2 * [Product(64, 32, 4, 3)])) if itemsize == 4 else _HALF[2]
 
 
-_FEW_UP = (Product(1, 1024, 4, 1), Product(2, 512, 2, 1), Product(4, 512, 4, 1), Product(4, 1024, 8, 1))
+_FEW_UP = (Product(2, 256, 1, 1), Product(2, 512, 2, 1), Product(2, 1024, 4, 1), Product(4, 1024, 4, 1))
+_EACH = (
+    None,
+    Product(1, 512, 1, 1),
+    Product(2, 1024, 4, 1),
+    Product(2, 1024, 2, 1),
+    Product(1, 256, 1, 1),
+    Product(4, 128, 1, 1),
+)
 _THIN = (Product(64, 256, 4, 3, tma=True), Product(128, 128, 4, 3, tma=True), Product(64, 128, 4, 4, tma=True),
          Product(32, 256, 4, 4, tma=True), Product(128, 64, 4, 4, tma=True))  # fmt: skip
 _MIDDLE = (Product(128, 64, 4, 3, tma=True), Product(128, 64, 4, 4, tma=True), Product(128, 128, 4, 3, tma=True),
@@ -129,7 +139,8 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
         downs = [
             dataclasses.replace(dn, block_n=n, warps=w) for n in (dn.block_n // 2, dn.block_n, 2 * dn.block_n) for w in (4, 8)
         ]
-        parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "down": [d for d in downs if d.block_n], "prefetch": [True, False]}
+        parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "each": list(_EACH)}
+        parts |= {"down": [d for d in downs if d.block_n], "prefetch": [True, False]}
     else:
         parts = {"up": list(_ALTERNATIVES[tiles.block_m]), "down": list(_ALTERNATIVES[tiles.block_m])}
     for part, products in parts.items():
@@ -155,8 +166,11 @@ def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
     kp = _power_of_2(top_k)
     block_k = min(512 if kp <= 2 else 256 if kp <= 8 else 2048 // kp, _power_of_2(inter))
     block_n = max(1, min(16, 16384 // (kp * block_k)))
-    up_k, up_warps = (1024, 4) if tokens == 1 else (512, 2)
-    return Few(Product(2, min(up_k, _power_of_2(hidden)), up_warps, 1), Product(block_n, block_k, 4, 1))
+    up_k, up_warps = (512, 2) if tokens > 1 or 2048 < hidden <= 4096 else (256, 1) if hidden <= 2048 else (1024, 4)
+    each = None
+    if top_k <= 16 and not 256 < inter <= 1024:
+        each = Product(1, 512, 1, 1) if inter > 256 else Product(4, min(128, _power_of_2(inter)), 1, 1)
+    return Few(Product(2, min(up_k, _power_of_2(hidden)), up_warps, 1), Product(block_n, block_k, 4, 1), each=each)
 
 
 def _power_of_2(n: int) -> int:
