@@ -162,6 +162,7 @@ def test_the_command_fails_if_one_of_ours_is_wrong(cli, monkeypatch):
     assert "wrong" in outcome.out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells when it has no memory")
 @pytest.mark.usefixtures("tiny")
 def test_what_would_copy_more_than_the_machine_may_have_is_not_tried(cli, monkeypatch):
     pytest.importorskip("transformers")

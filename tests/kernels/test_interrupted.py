@@ -73,6 +73,8 @@ MOMENTS = [("embedding", 1), ("norm", 1), ("rotary", 1), ("rotary", 9), ("block"
 def test_generate(where, n, model, device, monkeypatch, tmp_path):
     """In the prompt, in the trial of a form, in the first token after it, and in a later one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if (where, n) == ("head", 5) and device == "cuda":
+        pytest.skip("a later step is the replay of a CUDA graph, in which no Python runs")
     ids = torch.randint(3, 250, (1, 3), device=device)
     expected = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     at = At(n)

@@ -169,7 +169,8 @@ def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
     up_k, up_warps = (512, 2) if tokens > 1 or 2048 < hidden <= 4096 else (256, 1) if hidden <= 2048 else (1024, 4)
     each = None
     if top_k <= 16 and not 256 < inter <= 1024:
-        each = Product(1, 512, 1, 1) if inter > 256 else Product(4, min(128, _power_of_2(inter)), 1, 1)
+        each_k = 512 if top_k <= 6 else 256 if top_k <= 12 else 128  # as much as its one warp has registers for
+        each = Product(1, min(each_k, _power_of_2(inter)), 1, 1)
     return Few(Product(2, min(up_k, _power_of_2(hidden)), up_warps, 1), Product(block_n, block_k, 4, 1), each=each)
 
 
