@@ -187,34 +187,27 @@ def far_apart(case, found, expected):
     return names
 
 
-def at_a_kink(case, plain, inputs, towards, expected, names):
-    """Whether these of Transformers' own gradients jump when weights change by rounding: a value lies at a limit."""
-    for _ in range(8):
-        nudged = copy.deepcopy(plain)
-        with torch.no_grad():
-            for parameter in nudged.parameters():
-                parameter.mul_(1 + 2e-6 * torch.randn_like(parameter))
-        jumped = far_apart(case, gradients(nudged, inputs, towards), expected)
-        if set(names) <= set(jumped):
-            return True
-    return False
+def nudged(model):
+    """A copy with weights changed by little more than rounding, which moves smooth gradients by a third of what is allowed."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2e-7 * torch.randn_like(parameter))
+    return model
 
 
 @pytest.mark.parametrize("case", tiered(FIRST.values()))
 def test_gradients_of_every_parameter_equal_those_of_transformers(case):
-    for _ in range(3):
-        plain = build(case)
-        inputs = inputs_of(plain)
-        patched = copy.deepcopy(plain)
-        patch(patched)
-        with torch.no_grad():
-            towards = torch.randn_like(run(plain, inputs))  # a norm at the end would make the gradient of a square vanish
-        expected = gradients(plain, inputs, towards)
-        names = far_apart(case, gradients(patched, inputs, towards), expected)
-        if not names:
-            return
-        assert at_a_kink(case, plain, inputs, towards, expected, names), names
-    pytest.fail(f"three draws with a value at a limit: {names}")
+    """Or, where a value lies at a limit, all of those that Transformers has on its other side, where a third of nudges end."""
+    plain = build(case)
+    inputs = inputs_of(plain)
+    patched = copy.deepcopy(plain)
+    patch(patched)
+    with torch.no_grad():
+        towards = torch.randn_like(run(plain, inputs))  # a norm at the end would make the gradient of a square vanish
+    found = gradients(patched, inputs, towards)
+    names = far_apart(case, found, gradients(plain, inputs, towards))
+    assert not names or any(not far_apart(case, found, gradients(nudged(plain), inputs, towards)) for _ in range(32)), names
 
 
 @pytest.mark.parametrize("case", tiered(FIRST.values()))
