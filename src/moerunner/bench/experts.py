@@ -169,6 +169,9 @@ def time_all(
                     torch.cuda.synchronize()
                     problems[name] = f"no CUDA graph: {words(problem)}"
     in_graph = {name: t / len(calls[name]) for name, t in replay_seconds(graphs).items()}
+    if graphs:  # what they keep is memory that calls from Python may need
+        graphs.clear()
+        torch.cuda.empty_cache()
     return in_graph, turns_seconds(calls), problems
 
 
