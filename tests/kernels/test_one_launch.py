@@ -53,14 +53,21 @@ RULES = {
     "softmax": layer(),
     "softmax, odd": layer(experts=13, top_k=5, renormalise="sum"),
     "softmax by logit": layer(choose="logit", selection_bias=True, renormalise="sum", eps=1e-2),
-    "sigmoid": layer(score="sigmoid", selection_bias=True, renormalise="max_sum", eps=0.9),
+    "sigmoid": layer(score="sigmoid", selection_bias=True, renormalise="max_sum", eps=2.4),
     "sqrtsoftplus": layer(score="sqrtsoftplus", selection_bias=True, renormalise="sum"),
     "softmax_topk": layer(score="softmax_topk", choose="logit"),
     "sigmoid_topk": layer(score="sigmoid_topk", choose="logit", selection_bias=True),
     "sparsemixer": layer(score="sparsemixer", top_k=2, jitter=0.2),
     "sparsemixer, odd": layer(score="sparsemixer", experts=5, top_k=2, logit_scale=0.3),
     "p-norm of 2": layer(renormalise="p_norm"),
-    "p-norm of 3": layer(score="sigmoid", renormalise="p_norm", p=3.0, shared=SharedSpec(width=8, count=2, gate="router")),
+    "p-norm of 3": layer(
+        score="sigmoid",
+        renormalise="p_norm",
+        p=3.0,
+        logit_scale=0.6,
+        logit_softcap=1.5,
+        shared=SharedSpec(width=8, count=2, gate="router"),
+    ),
     "scaled and capped": layer(logit_scale=1.7, logit_softcap=1.2, renormalise="sum"),
     "scaled down": layer(logit_scale=-1.7, experts=5, choose="logit"),
     "learned scales": layer(per_expert_scale=True, global_scale=True, experts=11),
@@ -78,7 +85,7 @@ RULES = {
     "hash": layer(choose="hash", score="sqrtsoftplus", renormalise="sum", per_expert_scale=True),
     "hash, softmax": layer(choose="hash", score="softmax"),
     "hash, softmax_topk": layer(choose="hash", score="softmax_topk"),
-    "modalities": layer(modalities=2, selection_bias=True, renormalise="sum"),
+    "modalities": layer(modalities=2, selection_bias=True),
     "modalities, odd": layer(modalities=3, experts=15, score="softmax_topk", choose="logit"),
     "one expert": layer(experts=1, top_k=1, score="sigmoid"),
     "all experts": layer(top_k=8),
@@ -94,7 +101,7 @@ def draw_inputs(spec: MoESpec, tokens: int, device: str) -> dict[str, torch.Tens
         "global_scale": torch.rand(1) + 0.5 if r.global_scale else None,
         "hash_table": torch.randint(total, (7, spec.top_k)) if r.choose == "hash" else None,
         "input_ids": torch.randint(7, (tokens,)),
-        "token_types": torch.randint(r.modalities, (tokens,)),
+        "token_types": torch.randint(r.modalities if r.modalities > 1 else 5, (tokens,)),  # of one set any number
     }
     return {n: None if t is None else t.to(device) for n, t in drawn.items()}
 
@@ -133,22 +140,46 @@ def test_ties_go_to_the_lowest_id(route, device, name):
 @rule
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_finite(route, device, name, bad):
-    """Some values of a row, or all: the ids are still distinct, and no other row notices."""
+    """Some values of a row, all, or all but one: the ids are still distinct, and no other row notices."""
     spec = RULES[name]
-    z = torch.randn(4, spec.num_logits)
-    z[0], z[1, ::2], z[2, -1] = bad, bad, bad
-    inputs = draw_inputs(spec, 4, device)
+    z = torch.randn(5, spec.num_logits)
+    z[0], z[1, ::2], z[2, -1], z[3, 1:] = bad, bad, bad, bad
+    inputs = draw_inputs(spec, 5, device)
     got = route(z.to(device), spec, **inputs)
     assert_same(got, plain(z.to(device), spec, **inputs))
     assert spec.routing.choose == "hash" or all(len(set(row)) == spec.top_k for row in got.ids.tolist())
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer"])
-@pytest.mark.parametrize("shift", [-40.0, 40.0])
+@pytest.mark.parametrize("shift", [-200.0, -40.0, 40.0])
 def test_large_logits(route, device, score, shift):
     choose = "logit" if score.endswith("topk") else "score"
     spec = layer(experts=6, top_k=2, score=score, choose=choose)
     z = 5 * torch.randn(4, 6, device=device) + shift
+    assert_same(route(z, spec), plain(z, spec))
+
+
+def test_sqrtsoftplus_near_its_line_and_far(route, device):
+    """Where it is nearly the root of a logit, and where its exponential has no place in float32."""
+    spec = layer(experts=24, top_k=24, score="sqrtsoftplus")
+    z = torch.linspace(-10, 110, 10 * 24, device=device).view(10, 24)
+    assert_same(route(z, spec), plain(z, spec))
+
+
+@pytest.mark.parametrize("score", ["max", "top2_sum"])
+@pytest.mark.parametrize("fill", ["-inf", "zero"])
+def test_groups_of_keys_that_are_hard_to_tell_apart(route, device, score, fill):
+    """Infinities of both signs in one group, whose sum is none; zeros of both signs; keys below what losers are filled with."""
+    inf, nan, largest = torch.inf, torch.nan, torch.finfo(torch.float32).max
+    z = torch.tensor([
+        [inf, -inf, nan, 1, 1, 0, 0, 0, 0, -1, -1, -1],
+        [-0.0, -0.0, -1, 0, 0, -1, 3, 1, -1, -1, -1, -1],
+        [largest, 0, 0, inf, 0, 0, 1, 1, 1, 2, 2, 2],
+        [-1, -1, -1, -2, -2, -2, -3, -3, -3, -4, -4, -4],
+        [nan, nan, nan, -inf, -inf, -inf, nan, 0, -inf, -0.0, nan, nan],
+    ], device=device)  # fmt: skip
+    groups = GroupSpec(count=4, kept=2, score=score, fill=fill)
+    spec = layer(experts=12, score="sigmoid_topk", choose="logit", groups=groups)
     assert_same(route(z, spec), plain(z, spec))
 
 
@@ -191,13 +222,25 @@ def test_strides_and_narrow_dtypes(route, device, dtype):
     assert_same(route(z, spec, **inputs), plain(z, spec, **inputs))
 
 
+@pytest.mark.parametrize("name", ["hash", "modalities", "learned scales", "zero experts"])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
+def test_inputs_with_gaps_and_of_short_integers(route, device, name, integers):
+    spec = RULES[name]
+    z, inputs = torch.randn(6, spec.num_logits, device=device), draw_inputs(spec, 6, device)
+    drawn = {n: t if t.is_floating_point() else t.to(integers) for n, t in inputs.items() if t is not None}
+    other = {**inputs, **{n: torch.stack([t, t + 1], -1)[..., 0] for n, t in drawn.items()}}
+    assert_same(route(z, spec, **other), plain(z, spec, **inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5])
-def test_from_tokens_and_the_gate(route, device, tokens, dtype):
+@pytest.mark.parametrize("name", ["shared experts", "p-norm of 3"])
+def test_from_tokens_and_the_gate(route, device, tokens, dtype, name):
     """Few tokens: float32 products of the gate as it is stored, any strides, a hidden size that no tile divides."""
-    spec = RULES["shared experts"]
-    x, gate = torch.randn(tokens, 2100, device=device).to(dtype)[:, ::2], torch.randn(1050, 11, device=device).to(dtype).T / 32
-    bias, inputs = torch.randn(11, device=device), draw_inputs(spec, tokens, device)
+    spec = RULES[name]
+    x, gate = torch.randn(tokens, 2100, device=device), torch.randn(1050, spec.num_logits, device=device)
+    x, gate = x.to(dtype)[:, ::2], gate.to(dtype).T / 32
+    bias, inputs = torch.randn(spec.num_logits, device=device), draw_inputs(spec, tokens, device)
     got = route(x, spec, gate=gate, gate_bias=bias, **inputs)
     z = (x.double() @ gate.double().T + bias.double()).float()
     assert_same(got, plain(z, spec, **inputs), units=50)
@@ -336,7 +379,8 @@ def test_any_number_of_threads_and_tokens(native, name):
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (1, 3), (6, 100), (16, 2500)])
 def test_the_gate_with_several_threads(native, dtype, tokens, hidden):
     spec = layer(experts=130, top_k=6)
-    x, gate = torch.randn(tokens, hidden).to(dtype), torch.randn(130, hidden).to(dtype) / hidden**0.5
+    x, gate = (torch.randn(n, hidden + gap).to(dtype)[:, :hidden] for n, gap in ((tokens, 3), (130, 5)))
+    gate /= hidden**0.5
     torch.set_num_threads(3)
     try:
         got = native(x, spec, gate=gate)
@@ -346,13 +390,38 @@ def test_the_gate_with_several_threads(native, dtype, tokens, hidden):
     z = (x.double() @ gate.double().T).float()
     assert_same(got, plain(z, spec), units=100)
     assert_same(mixed, plain(z, spec), units=100)
+    assert_same(native(x, spec, gate=gate.double()), mixed)
 
 
-def test_a_table_that_names_no_expert(native):
-    spec = RULES["hash"]
-    inputs = draw_inputs(spec, 4, "cpu") | {"hash_table": torch.full((7, 3), 8)}
+@pytest.mark.parametrize("routing", [{"score": "softmax"}, {"score": "sigmoid", "renormalise": "sum"}], ids=str)
+def test_sums_are_in_float64(native, routing):
+    """Of one large number and many that it has no place for in float32."""
+    spec = layer(experts=4096, top_k=1000, **routing)
+    z = torch.full((1, 4096), -17.0)
+    z[0, 0] = 0.0
+    exact = plain(z.double(), spec)
+    torch.testing.assert_close(native(z, spec).weights.double(), exact.weights, rtol=8 * UNIT, atol=0.0)
+
+
+def test_sparsemixer_counts_what_lies_at_the_limit(native):
+    """Its distance, relative to the top, is the float32 nearest to twice the jitter."""
+    spec, top = layer(experts=3, top_k=2, score="sparsemixer", jitter=0.2), torch.rand(1000) + 0.5
+    second = 0.6 * top
+    z = torch.stack([second, top, torch.full_like(top, -9.0)], 1)[(top - second) / top == torch.tensor(0.4)]
+    assert len(z)
+    got = native(z, spec)
+    assert_same(got, plain(z, spec))
+    assert (got.weights[:, 0] < 0.7).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 8, 10])
+def test_a_table_that_names_no_expert(native, bad):
+    """Also one whose number is that of a shared expert's logit."""
+    spec = layer(choose="hash", score="sigmoid", shared=SharedSpec(width=8, count=3, gate="router"))
+    inputs = draw_inputs(spec, 4, "cpu")
+    inputs["hash_table"][:, 1] = bad
     with pytest.raises(SpecError, match=r"holds ids outside 0\.\.7"):
-        native(torch.randn(4, 8), spec, **inputs)
+        native(torch.randn(4, 11), spec, **inputs)
 
 
 # ---- the plan
