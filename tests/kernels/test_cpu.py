@@ -63,7 +63,7 @@ def any_path():
 
 
 def call(path, c, **changes):
-    own = {name: changes.pop(name) for name in ("own_threads",) if name in changes}
+    own = {name: changes.pop(name) for name in ("own_threads", "cpus_of_nodes") if name in changes}
     invariant = changes.pop("invariant", False)
     c = dataclasses.replace(c, **changes)
     a, w = c.call.activation.resolved(), c.weights
@@ -74,12 +74,12 @@ def call(path, c, **changes):
     )  # fmt: skip
 
 
-def check(path, c):
+def check(path, c, **own):
     """Few numbers can make plain PyTorch exact by luck: above the bound the median of the same with other numbers decides."""
-    y = call(path, c)
+    y = call(path, c, **own)
     if error(y, c.exact()) > c.bound():
         others = [c.redrawn() for _ in range(15)]
-        assert statistics.median(error(call(path, other), other.exact()) / other.bound() for other in others) <= 1
+        assert statistics.median(error(call(path, other, **own), other.exact()) / other.bound() for other in others) <= 1
     return y
 
 
@@ -183,6 +183,32 @@ def test_a_token_does_not_depend_on_the_batch(path, dtype):
         assert torch.equal(call(path, c, own_threads=True, invariant=True), y)
     finally:
         torch.set_num_threads(1)
+
+
+TWO, WITH_AN_EMPTY_ONE = ((0,), (1,)), ((0, 1), (5,), (6,))  # nodes of memory, which this machine need not have
+
+
+@pytest.mark.parametrize("cpus_of_nodes", [TWO, WITH_AN_EMPTY_ONE], ids=["two", "with an empty one"])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 2, 5), (3, 1, 1), (11, 4, 7), (60, 3, 10), (100, 2, 4)])
+def test_sums_by_node_are_the_sums(path, monkeypatch, cpus_of_nodes, tokens, top_k, experts):
+    """Added in one order; nothing changes for rows, nor for sums that must not depend on the nodes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shape = {"tokens": tokens, "top_k": top_k, "experts": experts, "hidden": 96, "inter": 72}
+    c = case("cpu", **shape, bias=True, skip=tokens > 1)
+    y = check(path, c, cpus_of_nodes=cpus_of_nodes)
+    assert torch.equal(y, call(path, c, cpus_of_nodes=cpus_of_nodes))
+    rows = {"call": dataclasses.replace(c.call, output="rows")}
+    for change in (rows, {"invariant": True}):
+        by_node, plainly = (call(path, c, cpus_of_nodes=given, **change) for given in (cpus_of_nodes, ()))
+        assert torch.equal(by_node, plainly)
+
+
+@pytest.mark.parametrize("expert", [0, 4])
+def test_all_chosen_experts_lie_on_one_node(path, monkeypatch, expert):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    c = case("cpu", tokens=9, top_k=2, hidden=96, inter=72)
+    c.topk.ids[c.topk.ids >= 0] = expert
+    check(path, c, cpus_of_nodes=TWO)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,66 +1,13 @@
-"""Memory of several nodes, on a machine with one: tasks by node give the right sums, and pages are told where to lie."""
+"""Memory of several nodes, on a machine with one: what the system tells of them, and pages are told where to lie."""
 
 import ctypes
+import os
 import platform
 
 import pytest
 import torch
-from tests.support.numerics import relative_error
 
-from moerunner.kernels.cpu import library, nodes
-from moerunner.kernels.cpu.experts import run
-
-TWO, WITH_AN_EMPTY_ONE = ((0,), (1,)), ((0, 1), (5,), (6,))
-
-
-@pytest.fixture
-def path():
-    name, reason = library.chosen()
-    if not name:
-        pytest.skip(reason)
-    return name
-
-
-def layer(tokens, top_k, experts, *, only=None):
-    """x, ids, weights, w13, w2 in float32; with `only` all ids are these."""
-    hidden, inter = 96, 72
-    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
-    ids[torch.rand(ids.shape) < 0.1] = -1
-    if only is not None:
-        ids[ids >= 0] = only
-    w13, w2 = torch.randn(experts, 2 * inter, hidden) / hidden**0.5, torch.randn(experts, hidden, inter) / inter**0.5
-    return torch.randn(tokens, hidden), ids, torch.rand(tokens, top_k), w13, w2
-
-
-def experts_of(path, tensors, *, rows=False, invariant=False, **options):
-    rest = (None, None, None, None, 0, 0, 1.0, 0.0, None, False, None, None, False, rows, invariant)
-    return run(path, *tensors, *rest, **options)
-
-
-@pytest.mark.parametrize("cpus_of_nodes", [TWO, WITH_AN_EMPTY_ONE])
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 2, 5), (3, 1, 1), (11, 4, 7), (60, 3, 10), (700, 2, 4)])
-def test_sums_by_node_are_the_sums(path, monkeypatch, cpus_of_nodes, tokens, top_k, experts):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    tensors = layer(tokens, top_k, experts)
-    x, ids, p, w13, w2 = tensors
-    gate, up = torch.einsum("th,erh->ter", x.double(), w13.double()).chunk(2, dim=-1)
-    each = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, w2.double())
-    shares = torch.zeros(tokens, experts + 1, dtype=torch.float64).scatter_add(1, ids % (experts + 1), p.double())
-    expected = torch.einsum("te,teh->th", shares[:, :-1], each)
-    y = experts_of(path, tensors, cpus_of_nodes=cpus_of_nodes)
-    assert relative_error(y, expected) <= 2e-6
-    assert torch.equal(y, experts_of(path, tensors, cpus_of_nodes=cpus_of_nodes)), "it adds in one order"
-    for flags in ({"rows": True}, {"invariant": True}):
-        by_node, plainly = (experts_of(path, tensors, cpus_of_nodes=given, **flags) for given in (cpus_of_nodes, ()))
-        assert torch.equal(by_node, plainly)
-
-
-def test_experts_of_one_node_only(path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for only in (0, 4):
-        tensors = layer(9, 2, 5, only=only)
-        y = experts_of(path, tensors, cpus_of_nodes=TWO)
-        assert relative_error(y, experts_of(path, tensors, cpus_of_nodes=()).double()) <= 1e-6
+from moerunner.kernels.cpu import nodes
 
 
 def test_nodes_of_the_system(tmp_path, monkeypatch):
@@ -107,6 +54,30 @@ def test_pages_are_told_where_to_lie():
     assert mode.value == preferred
     assert "does not move memory" in nodes.move(weights, (1000,))
     assert nodes.move(weights.transpose(0, 2), (node,)) == "experts do not lie one after the other"
+
+
+@pytest.mark.parametrize(("experts", "to"), [(5, (0, 70)), (7, (2, 1, 0)), (2, (0, 1, 2))])
+def test_every_expert_is_moved_to_the_node_whose_threads_read_it(monkeypatch, experts, to):
+    """The native code says which that is: of expert e the one at e * nodes // experts."""
+    told = []
+
+    class Libc:
+        def syscall(self, number, begin, length, mode, mask, bits, flags):
+            words = (ctypes.c_ulong * (bits.value // 64)).from_address(mask.value)
+            (node,) = (n for n in range(bits.value - 1) if words[n // 64] >> n % 64 & 1)
+            told.append((begin.value, begin.value + length.value, node, mode.value, flags.value))
+            return 0
+
+    monkeypatch.setattr(nodes.ctypes, "CDLL", lambda *args, **options: Libc())
+    monkeypatch.setattr(nodes, "_MBIND", {platform.machine(): 0})
+    preferred, move, page = 1, 2, os.sysconf("SC_PAGE_SIZE")
+    weights = torch.empty(experts, 3 * page)
+    assert nodes.move(weights, to) == ""
+    assert all(begin % page == 0 and (mode, flags) == (preferred, move) for begin, _, _, mode, flags in told)
+    for e, expert in enumerate(weights):  # its pages but those that it may share
+        inside = range(expert.data_ptr() + page, expert.data_ptr() + expert.nbytes - page, page)
+        owners = [{node for begin, end, node, *_ in told if begin <= address < end} for address in inside]
+        assert owners == [{to[e * len(to) // experts]}] * len(inside)
 
 
 @pytest.mark.filterwarnings("error")
