@@ -15,7 +15,7 @@ from moerunner.errors import UnsupportedError
 from moerunner.experts import choose, eager, fused_experts
 from moerunner.experts import cpu as backend
 from moerunner.experts.base import Request
-from moerunner.kernels.cpu import build, library
+from moerunner.kernels.cpu import build, library, nodes
 from moerunner.kernels.cpu.experts import KINDS, LAYOUTS, cpu_experts, run
 from moerunner.quant import int8
 from moerunner.spec import ActivationSpec
@@ -209,6 +209,19 @@ def test_all_chosen_experts_lie_on_one_node(path, monkeypatch, expert):
     c = case("cpu", tokens=9, top_k=2, hidden=96, inter=72)
     c.topk.ids[c.topk.ids >= 0] = expert
     check(path, c, cpus_of_nodes=TWO)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_held_is_spread_over_the_nodes_and_no_copy_of_it(path, monkeypatch, dtype):
+    spread = []
+    monkeypatch.setattr(nodes, "ours", lambda: TWO)
+    monkeypatch.setattr(nodes, "spread", lambda weights: spread.append(weights.data_ptr()))
+    c = case("cpu", hidden=96, inter=72)
+    call(path, c, x=c.x.to(dtype))
+    assert spread == [c.weights.w13.data_ptr(), c.weights.w2.data_ptr()]
+    monkeypatch.setattr(nodes, "ours", lambda: ())
+    call(path, c)
+    assert len(spread) == 2, "one node has all there is"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
