@@ -69,7 +69,11 @@ class Server:
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
+        return self.ended()
+
+    def ended(self):
+        """The exit status and what it wrote. Python alone takes two seconds of a processor to end, many on a busy machine."""
+        out, err = self.process.communicate(timeout=150)
         return self.process.returncode, out, err
 
 
