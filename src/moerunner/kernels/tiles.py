@@ -136,11 +136,11 @@ def alternatives(tiles: Tiles) -> Iterator[tuple[str, list[Tiles]]]:
         return  # they are few: `specialised` has them all
     if isinstance(tiles, Few):
         dn = tiles.down
-        downs = [
-            dataclasses.replace(dn, block_n=n, warps=w) for n in (dn.block_n // 2, dn.block_n, 2 * dn.block_n) for w in (4, 8)
-        ]
         parts: dict[str, list[Any]] = {"up": list(_FEW_UP), "each": list(_EACH)}
-        parts |= {"down": [d for d in downs if d.block_n], "prefetch": [True, False]}
+        if tiles.each is None:  # else `few_down` does not run
+            sizes = (dn.block_n // 2, dn.block_n, 2 * dn.block_n)
+            downs = [dataclasses.replace(dn, block_n=n, warps=w) for n in sizes if n for w in (4, 8)]
+            parts |= {"down": downs, "prefetch": [True, False]}
     else:
         parts = {"up": list(_ALTERNATIVES[tiles.block_m]), "down": list(_ALTERNATIVES[tiles.block_m])}
     for part, products in parts.items():
@@ -162,7 +162,7 @@ def specialised(tiles: Tiles) -> list[Tiles]:
 
 
 def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
-    """Programs that read 8 to 32 KiB at once, many enough to fill the device."""
+    """Programs that read 1 to 32 KiB at once, many enough to fill the device."""
     kp = _power_of_2(top_k)
     block_k = min(512 if kp <= 2 else 256 if kp <= 8 else 2048 // kp, _power_of_2(inter))
     block_n = max(1, min(16, 16384 // (kp * block_k)))
