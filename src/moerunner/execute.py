@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moerunner.errors import PlanError, SpecError
-from moerunner.experts.base import ExpertsCall
+from moerunner.experts.base import Addend, ExpertsCall
 from moerunner.experts.functional import check_ids
 from moerunner.experts.registry import get
 from moerunner.ops.activation import rms_norm
@@ -74,11 +74,13 @@ class Verbs:
         )
         self._product = linear_by_blocks if plan.options.batch_invariant else linear
         shared, zero = plan.step("shared"), plan.step("zero")
-        self._shared = None
+        self._shared, self._adds = None, self._experts_step.adds
         if shared is not None and self.spec.shared is not None:
             first = all(comm.coordinates[a] == 0 for a in shared.axes)
             product = linear_in_native_code if shared.few[0] else self._product
             self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=product)
+            self._shared_run = self._shared.addend if self._adds else self._shared
+        self._joined = shared.joined if shared is not None else 0
         self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()
         self._zero_factor = None
         if zero is not None:
@@ -156,9 +158,34 @@ class Verbs:
         token_types: Tensor | None = None,
     ) -> TopK:
         """The gate and the routing rule; or what the caller brought, checked and with the factor where the plan wants it."""
-        spec = self.spec
         if topk is not None:
             return self._brought(topk, x_TH.shape[0])
+        return self._routed(x_TH, w, None, router_logits, router_input, input_ids, token_types)[0]
+
+    def begin(
+        self, x_TH: Tensor, w: LayerWeights, *, alone: bool = False, topk: TopK | None = None, **inputs: Any
+    ) -> tuple[TopK, Work[Any] | None]:
+        """`route`, and the shared experts where the plan has them under way with or beside it, else None."""
+        if not self._adds or self._shared is None or self._shared.spec.gate == "router":
+            return self.route(x_TH, w, topk=topk, **inputs), None
+        if topk is None and 0 < x_TH.shape[0] <= self._joined:
+            chosen, begun = self._routed(x_TH, w, self._shared, **inputs)
+            return chosen, None if begun is None else Work(lambda: begun)
+        shared = self.shared(x_TH, w, None, alone=alone)
+        return self.route(x_TH, w, topk=topk, **inputs), shared
+
+    def _routed(
+        self,
+        x_TH: Tensor,
+        w: LayerWeights,
+        beside: SharedExperts | None,
+        router_logits: Tensor | None = None,
+        router_input: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> tuple[TopK, Addend | None]:
+        """beside: shared experts whose first product is to be in the same launch, where the gate's product is one of ours."""
+        spec = self.spec
         routing, product = spec.routing, {}
         if routing.score == "external":
             raise SpecError("the spec's router is external", where="route", next_step="Pass topk to the runner")
@@ -183,20 +210,23 @@ class Verbs:
                 logits = gate_logits(seen, gate, bias, routing, self._product)
         get, sets = w.tensors.get, range(routing.modalities)
         double = logits is not None and logits.dtype == torch.float64  # a caller's, which one launch would round to float32
-        return (route if double else self._rule)(
-            logits,
-            spec,
-            selection_bias=get("selection_bias"),
-            per_expert_scale=get("per_expert_scale"),
-            global_scale=get("global_scale"),
-            hash_table=get("hash_table"),
-            input_ids=_per_token("input_ids", input_ids, x_TH.shape[0], get("hash_table")),
-            token_types=_per_token("token_types", token_types, x_TH.shape[0], sets if len(sets) > 1 else None),
-            num_tokens=x_TH.shape[0],
-            device=x_TH.device,
-            scale=self._scales_weights,
+        given = {
+            "selection_bias": get("selection_bias"),
+            "per_expert_scale": get("per_expert_scale"),
+            "global_scale": get("global_scale"),
+            "hash_table": get("hash_table"),
+            "input_ids": _per_token("input_ids", input_ids, x_TH.shape[0], get("hash_table")),
+            "token_types": _per_token("token_types", token_types, x_TH.shape[0], sets if len(sets) > 1 else None),
+            "num_tokens": x_TH.shape[0],
+            "device": x_TH.device,
+            "scale": self._scales_weights,
             **product,
-        )
+        }
+        if beside is None or not product:
+            return (route if double else self._rule)(logits, spec, **given), None
+        first = (*beside.projections(w.tensors), get("shared_gate"), beside.spec.activation)
+        topk, hidden, share = _rule_beside()(x_TH, *first, logits, spec, **given)
+        return topk, Addend(hidden, w.tensors["shared_w2"], share)
 
     def _brought(self, topk: TopK, tokens: int) -> TopK:
         spec, ids, weights, shared = self.spec, topk.ids, topk.weights, topk.shared_weights
@@ -227,13 +257,17 @@ class Verbs:
             shared = None if shared is None else shared * spec.routed_scaling_factor
         return dataclasses.replace(topk, ids=ids, weights=weights, scaled=self._scales_weights, shared_weights=shared)
 
-    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK, *, alone: bool = False) -> Work[Tensor | None]:
-        """The shared experts on the caller's tokens, under way where the plan has them on a side stream, unless alone."""
+    def shared(self, x_TH: Tensor, w: LayerWeights, topk: TopK | None, *, alone: bool = False) -> Work[Any]:
+        """The shared experts on the caller's tokens, under way where the plan has them on a side stream, unless alone.
+
+        Their output [T, H], or an `Addend` where the experts' kernel adds it.
+        """
         if self._shared is None:
             return Work(lambda: None)
+        weights = None if topk is None else topk.shared_weights
         if 0 < x_TH.shape[0] <= self._side_tokens and not (alone or torch.compiler.is_compiling()):
-            return beside(partial(self._shared, x_TH, w.tensors, topk.shared_weights), self._side, x_TH, topk.shared_weights)
-        y = self._shared(x_TH, w.tensors, topk.shared_weights)
+            return beside(partial(self._shared_run, x_TH, w.tensors, weights), self._side, x_TH, weights)
+        y = self._shared_run(x_TH, w.tensors, weights)
         return Work(lambda: y)
 
     def zero(self, x_TH: Tensor, topk: TopK) -> Tensor | None:
@@ -247,8 +281,10 @@ class Verbs:
         """Under way: the rows that this rank's experts run on, and how to come back."""
         return self._pair.dispatch(x_TH, topk, self._slots, self._comm, dtype=self._travels)
 
-    def experts(self, x_RH: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
-        """This rank's experts; each modality set takes the slots that are its own."""
+    def experts(self, x_RH: Tensor, trip: Trip, w: LayerWeights, shared: Work[Any]) -> Tensor:
+        """This rank's experts; each modality set takes the slots that are its own. shared: they add it if the plan says so."""
+        if self._adds:
+            return self._run(x_RH, trip.topk, w.experts[0], shared.wait())
         y = self._all_sets(x_RH, trip, w)
         return joined(y, x_RH) if self._reaches_tokens else y
 
@@ -265,13 +301,13 @@ class Verbs:
         assert total is not None
         return total
 
-    def _run(self, x_RH: Tensor, topk: TopK, experts: ExpertWeights) -> Tensor:
+    def _run(self, x_RH: Tensor, topk: TopK, experts: ExpertWeights, *addend: Addend) -> Tensor:
         if self._experts_step.dequantises:
             experts = dequantized(experts, self.dtype)
         few = self._few_backend if x_RH.shape[0] <= self._few_tokens else None
         backend = few or self._backend
         x_RH = x_RH.clone() if backend.INFO.writes_input else x_RH
-        return backend.run(x_RH, topk, experts, self._call)
+        return backend.run(x_RH, topk, experts, self._call, *addend)
 
     def combine(self, y: Tensor, trip: Trip, w: LayerWeights) -> Tensor:
         """Weighted, summed and back on the token's rank, as far as the experts and the pair have not done so."""
@@ -280,10 +316,10 @@ class Verbs:
         y = self._pair.combine(y, trip, self._comm, weigh=step.weighs, dtype=travels)
         return y if self._experts_step.rounds else wide(y)
 
-    def join(self, routed: Tensor, shared: Tensor | None, zero: Tensor | None, w: LayerWeights) -> Tensor:
+    def join(self, routed: Tensor, shared: Work[Any], zero: Tensor | None, w: LayerWeights) -> Tensor:
         """Routed, shared and zero experts, summed or averaged, and the output bias once."""
         out = self._before_join["routed"](routed, w)
-        for name, value in (("shared", shared), ("zero", zero)):
+        for name, value in (("shared", None if self._adds else shared.wait()), ("zero", zero)):
             if value is not None:
                 out = out + self._before_join[name](value, w)
         if self.spec.join == "average":
@@ -365,6 +401,13 @@ def _one_launch_rule(kernels: str) -> Callable[..., TopK]:
     else:
         from moerunner.kernels.route import route as one_launch
     return one_launch
+
+
+def _rule_beside() -> Callable[..., tuple[TopK, Tensor, Tensor | None]]:
+    """Imported on first use: Triton may be absent."""
+    from moerunner.kernels.beside import route_beside
+
+    return route_beside
 
 
 def _cut(weight: Tensor | None, width: int) -> Tensor | None:

@@ -105,7 +105,7 @@ class MoERunner(nn.Module):
 
     def _run(self, v: Verbs, w: LayerWeights, x_TH: Tensor, *, alone: bool = False, **said: Any) -> Tensor:
         """The plan's steps on tokens [T, H]. alone: on one stream. said: of the router's input, or its answer."""
-        chosen = v.route(x_TH, w, **said)
+        chosen, shared = v.begin(x_TH, w, alone=alone, **said)
         if self.loads is not None:
             self.loads.add(chosen, self._slots)
         zero = v.zero(x_TH, chosen)
@@ -113,15 +113,15 @@ class MoERunner(nn.Module):
         routed = v.pad(routed, w)
         x_TH, routed, chosen, w = v.spread(x_TH, routed, chosen, w)
         travelling = v.dispatch(routed, chosen)
-        shared = v.shared(x_TH, w, chosen, alone=alone)
+        shared = shared or v.shared(x_TH, w, chosen, alone=alone)
         rows, trip = travelling.wait()
-        routed = v.experts(rows, trip, w)
+        routed = v.experts(rows, trip, w, shared)
         routed = v.row_norm(routed, w)
         routed = v.combine(routed, trip, w)
         routed = v.trim(routed, w)
         routed = v.scale(routed, w)
         routed = v.output_transform(routed, w)
-        out = v.join(routed, shared.wait(), zero, w)
+        out = v.join(routed, shared, zero, w)
         out = v.final_transform(out, w)
         return v.finish(out, w)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moerunner.experts.base import Addend
 from moerunner.ops.activation import activate, gated
 from moerunner.ops.precision import Product, linear, wide
 from moerunner.spec import SharedSpec
@@ -33,9 +34,25 @@ class SharedExperts:
             each = [{name: tensor[s] for name, tensor in tensors.items() if name in _OF_MLP} for s in range(spec.count)]
             parts = [wide(self._mlp(x_TH, mine)) * shared_weights_TS[:, s, None] for s, mine in enumerate(each)]
             return torch.stack(parts).sum(0)
-        y = wide(self._mlp(x_TH, tensors))
+        return self.addend(x_TH, tensors).output()
+
+    def addend(self, x_TH: Tensor, tensors: Mapping[str, Tensor], shared_weights_TS: Tensor | None = None) -> Addend:
+        """The same, for a backend that adds it."""
+        if self.spec.gate == "router":
+            return Addend(self(x_TH, tensors, shared_weights_TS))
         gate = tensors.get("shared_gate")
-        return y if gate is None else y * torch.sigmoid(wide(self._product(x_TH, gate, None)))
+        share = None if gate is None else torch.sigmoid(wide(self._product(x_TH, gate, None))).squeeze(-1)
+        return Addend(self._mlp(x_TH, tensors), share=share)
+
+    def projections(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The rows of the gate and of the up weight; ungated, those of the one there is."""
+        if "shared_w13" not in tensors:
+            return tensors["shared_gate_proj"], tensors["shared_up_proj"]
+        w13 = tensors["shared_w13"]
+        if not self.spec.gated:
+            return w13, None
+        half = w13.shape[0] // 2
+        return w13[:half], w13[half:]
 
     def _mlp(self, x_TH: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         spec, b13 = self.spec, tensors.get("shared_b13")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from moerunner.ops.precision import linear, wide
 from moerunner.spec import ActivationSpec
 from moerunner.values import ExpertWeights, TopK
 
@@ -37,6 +38,7 @@ class BackendInfo:
     apart. stride_bytes: every stride but one must be a multiple of this, of weights and of the rows that they read.
     row_output: can return unweighted rows. applies_scale: multiplies by the routed scaling factor itself, `call.scale`.
     reduced: its result needs no reduction over ranks. rounds: can give sums in the tokens' dtype.
+    adds: can add the shared experts' output to its sums, see `Addend`.
     priority: larger is preferred by "auto", per device type, or per `device/dtype` where that differs.
     few_tokens: up to so many tokens it is preferred all the same, per device type.
     requires: a module that must be installed. unavailable: gives another reason why it cannot run here, or nothing.
@@ -55,6 +57,7 @@ class BackendInfo:
     applies_scale: bool = False
     reduced: bool = False
     rounds: bool = False
+    adds: bool = False
     backward: bool = False
     deterministic: bool = False
     batch_invariant: bool = False
@@ -110,13 +113,33 @@ class ExpertsCall:
     batch_invariant: bool = False
 
 
+class Addend(NamedTuple):
+    """What is added to the sum over a token's experts once that has been scaled: the output of its shared experts.
+
+    rows: [T, H]; with `down` [H, S] they are [T, S] still, and the output is rows down^T. share: [T] float32, what it is
+    multiplied by; None for 1.
+    """
+
+    rows: Tensor
+    down: Tensor | None = None
+    share: Tensor | None = None
+
+    def output(self) -> Tensor:
+        """[T, H] in float32 (float64 for float64 tokens)."""
+        y = wide(self.rows if self.down is None else linear(self.rows, self.down))
+        return y if self.share is None else y * self.share[:, None]
+
+
 class Backend(Protocol):
     """A module of this package, or any object, with these two names."""
 
     INFO: BackendInfo
 
     def run(self, x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
-        """Runs the chosen experts. ids index `weights`, -1 is no expert; x is not written to."""
+        """Runs the chosen experts. ids index `weights`, -1 is no expert; x is not written to.
+
+        A backend that declares `adds` takes an `Addend` or None as a fifth argument.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moerunner.experts.base import BackendInfo, ExpertsCall
+from moerunner.experts.base import Addend, BackendInfo, ExpertsCall
 from moerunner.values import ExpertWeights, TopK
 
 INFO = BackendInfo(
@@ -19,6 +19,7 @@ INFO = BackendInfo(
     row_output=True,
     applies_scale=True,
     rounds=True,
+    adds=True,
     deterministic=True,
     batch_invariant=True,
     capturable=True,
@@ -28,12 +29,13 @@ INFO = BackendInfo(
 )
 
 
-def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
-    """[T, H] weighted sums, or [T, K, H] rows; see `ExpertsCall`."""
+def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall, addend: Addend | None = None) -> Tensor:
+    """[T, H] weighted sums, or [T, K, H] rows; see `ExpertsCall`. addend: joins the sums."""
     from moerunner.kernels import experts as kernels
     from moerunner.kernels.activation import KINDS
 
     a = call.activation.resolved()
+    shared = () if addend is None else (addend.rows, addend.down, addend.share)
     return kernels.triton_experts(
         x_TH,
         topk.ids,
@@ -54,4 +56,5 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         kernels.OUTPUTS.index(call.output),
         call.scale,
         call.batch_invariant,
+        *shared,
     )

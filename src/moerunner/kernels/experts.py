@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -34,7 +35,7 @@ def _empty_output(x_TH: Tensor, ids_TK: Tensor, w2: Tensor, output: int) -> Tens
 
 
 def _fake(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, *rest: Any) -> Tensor:
-    return _empty_output(x_TH, ids_TK, w2, rest[-3])
+    return _empty_output(x_TH, ids_TK, w2, rest[11])
 
 
 @operator("triton_experts", fake=_fake)
@@ -58,6 +59,9 @@ def triton_experts(
     output: int,
     scale: float,
     batch_invariant: bool,
+    shared: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """The chosen experts of every token.
 
@@ -66,10 +70,12 @@ def triton_experts(
             no expert. weights: float32.
         layout: index into `LAYOUTS`, of w13's rows. kind: index into `activation.KINDS`. output: ROWS, SUMMED or FINAL.
         scale: factor on the sums. batch_invariant: a token's bits do not depend on the others, nor on how many there are.
+        shared: [T, H], added to the sums; or [T, S] of which shared_down [H, S] makes that. share: [T] float32, its weights.
     """
     return run(
         x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap,
         input_weighting, output, scale, tile_choice.invariant(x_TH.element_size()) if batch_invariant else None,
+        shared, shared_down, share,
     )  # fmt: skip
 
 
@@ -93,6 +99,9 @@ def run(
     output: int,
     scale: float,
     tiles: Tiles | None,
+    shared: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """`triton_experts` with tiles of the caller's choice; None chooses them from the shape."""
     if ids_TK.numel() == 0:
@@ -106,12 +115,15 @@ def run(
     if isinstance(tiles, Specialised | Transposed) and not _specialisable(x_TH, w13, w2, tiles):
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
-    call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale)
+    if shared is not None and shared_down is not None and not isinstance(tiles, Few):
+        shared, shared_down = F.linear(shared, shared_down), None
+    beside = (None if shared is None else computable(shared.contiguous()), computable(shared_down), share)
+    call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, beside)
     out = _few(*call, tiles) if isinstance(tiles, Few) else _grouped(*call, tiles)
     return out if output == SUMMED else out.to(dtype)
 
 
-def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, tiles: Few) -> Tensor:
+def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, beside, tiles: Few) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     h_SI = x.new_empty(tokens * k, inter)
     up, dn = tiles.up, tiles.down
@@ -123,18 +135,20 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         device=x.device, warps=up.warps, first=True,
     )  # fmt: skip
     out = _empty_output(x, ids, w2, output)
+    width = 0 if beside[0] is None else beside[0].shape[1]
     if output != ROWS and (each := tiles.each) is not None:
         launch(
             few_down_each, (blocks(hidden, each.block_n), tokens),
-            h_SI, ids, w2, b2, weights, out, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
-            not input_weighting, k, each.block_n, each.block_k,
+            h_SI, ids, w2, b2, weights, *beside, out, experts, hidden, inter, width, scale,
+            *_strides((w2, 3), (b2, 2), (beside[1], 2)), not input_weighting, k, each.block_n, each.block_k,
             device=x.device, warps=each.warps,
         )  # fmt: skip
         return out
     launch(
         few_down, (blocks(hidden, dn.block_n), tokens),
-        h_SI, ids, w2, b2, weights, out, k, experts, hidden, inter, scale, *_strides((w2, 3), (b2, 2)),
-        output != ROWS and not input_weighting, output != ROWS, power_of_2(k), dn.block_n, dn.block_k, ahead,
+        h_SI, ids, w2, b2, weights, *beside, out, k, experts, hidden, inter, width, scale,
+        *_strides((w2, 3), (b2, 2), (beside[1], 2)), output != ROWS and not input_weighting, output != ROWS,
+        power_of_2(k), dn.block_n, dn.block_k, ahead,
         device=x.device, warps=dn.warps,
     )  # fmt: skip
     return out
@@ -153,6 +167,7 @@ def _grouped(
     input_weighting,
     output,
     scale,
+    beside,
     tiles: Grouped | Specialised | Transposed,
 ) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
@@ -171,7 +186,7 @@ def _grouped(
     out = _empty_output(x, ids, w2, output)
     block_h = min(2048, power_of_2(hidden))
     launch(
-        sum_slots, (tokens, blocks(hidden, block_h)), y_SH, ids, out, hidden, experts, scale, k, block_h,
+        sum_slots, (tokens, blocks(hidden, block_h)), y_SH, ids, beside[0], beside[2], out, hidden, experts, scale, k, block_h,
         device=x.device, warps=max(1, block_h // 256),
     )  # fmt: skip
     return out

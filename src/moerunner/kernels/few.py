@@ -15,7 +15,26 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moerunner.kernels.activation import act, gate_by
+from moerunner.kernels.addend import addend
 from moerunner.kernels.common import follow, prefetch
+
+
+@triton.jit
+def two_products(
+    x_H, g_N, u_N, hidden, stride_x, stride_g, stride_u, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """x with BLOCK_N rows of the gate's weight and as many of the up weight, pointers to which are given; ungated, with g's."""
+    g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, hidden, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        rest = k < hidden
+        x = tl.load(x_H + k * stride_x, mask=rest, other=0.0).to(tl.float32)[None, :]
+        k = k.to(tl.int64)[None, :]
+        g += x * tl.load(g_N[:, None] + k * stride_g, mask=rest[None, :], other=0.0).to(tl.float32)
+        if GATED:
+            u += x * tl.load(u_N[:, None] + k * stride_u, mask=rest[None, :], other=0.0).to(tl.float32)
+    return tl.sum(g, 1), tl.sum(u, 1)
 
 
 @triton.jit
@@ -66,17 +85,9 @@ def few_gate_up(
         g_row, u_row = safe, safe
     w13 += expert * stride_we
     x_TH += (slot // K).to(tl.int64) * stride_xt
-    g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        rest = k < hidden
-        x = tl.load(x_TH + k * stride_xh, mask=rest, other=0.0).to(tl.float32)[None, :]
-        at = k.to(tl.int64)[None, :] * stride_wh
-        g += x * tl.load(w13 + g_row[:, None] * stride_wn + at, mask=rest[None, :], other=0.0).to(tl.float32)
-        if GATED:
-            u += x * tl.load(w13 + u_row[:, None] * stride_wn + at, mask=rest[None, :], other=0.0).to(tl.float32)
-    g_N, u_N = tl.sum(g, 1), tl.sum(u, 1)
+    g_N, u_N = two_products(
+        x_TH, w13 + g_row * stride_wn, w13 + u_row * stride_wn, hidden, stride_xh, stride_wh, stride_wh, GATED, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     if INPUT_WEIGHTING:
         weight = tl.load(weights_S + slot)
         g_N, u_N = g_N * weight, u_N * weight
@@ -97,17 +108,23 @@ def few_down(
     w2,
     b2,
     weights_S,
+    shared,
+    shared_down,
+    share_T,
     out,
     K,
     E,
     hidden,
     inter,
+    shared_width,
     scale,
     stride_we,
     stride_wh,
     stride_wi,
     stride_be,
     stride_bh,
+    stride_sh,
+    stride_ss,
     WEIGHTED: tl.constexpr,
     SUMMED: tl.constexpr,
     KP: tl.constexpr,
@@ -120,7 +137,7 @@ def few_down(
 
     out: [T, H] for SUMMED, else [T, K, H], where slots without an expert become 0. KP: K rounded up to a power of two.
     AHEAD: rows of the weights, each of AHEAD runs of 128 bytes (the last ones may repeat), are fetched into the cache while
-    `few_gate_up` still runs; 0 for none. Ids and weights are older than it.
+    `few_gate_up` still runs; 0 for none. Ids and weights are older than it, and so is shared, see `addend`, added to sums.
     """
     if PDL:
         gdc_launch_dependents()
@@ -133,6 +150,10 @@ def few_down(
     inside = column < hidden
     w_row = tl.where(inside, column, 0).to(tl.int64)
     w_ptr = w2 + tl.where(taken, expert, 0)[:, None] * stride_we + w_row[None, :] * stride_wh
+    if shared is not None:
+        more = addend(
+            shared, shared_down, share_T, token, column, inside, shared_width, stride_sh, stride_ss, BLOCK_N, BLOCK_K
+        )  # fmt: skip
     if PDL:
         if AHEAD > 0:
             run = tl.arange(0, AHEAD) * (128 // (w2.dtype.element_ty.primitive_bitwidth // 8))
@@ -154,6 +175,8 @@ def few_down(
         y *= tl.load(weights_S + slot, mask=taken, other=0.0)[:, None]
     if SUMMED:
         total = tl.sum(y, 0) * scale
+        if shared is not None:
+            total += more
         tl.store(out + token.to(tl.int64) * hidden + column, total.to(out.dtype.element_ty), mask=inside)
     else:
         at = slot.to(tl.int64)[:, None] * hidden + column[None, :]
@@ -167,29 +190,42 @@ def few_down_each(
     w2,
     b2,
     weights_S,
+    shared,
+    shared_down,
+    share_T,
     out,
     E,
     hidden,
     inter,
+    shared_width,
     scale,
     stride_we,
     stride_wh,
     stride_wi,
     stride_be,
     stride_bh,
+    stride_sh,
+    stride_ss,
     WEIGHTED: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N features of a token, [T, H]: the weighted products of its K experts in one sum, which is reduced once."""
+    """BLOCK_N features of a token, [T, H]: the weighted products of its K experts in one sum, which is reduced once.
+
+    shared: see `addend`; it is older than `few_gate_up`.
+    """
     if PDL:
         gdc_launch_dependents()
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < hidden
     w_row = tl.where(inside, column, 0).to(tl.int64)
+    if shared is not None:
+        more = addend(
+            shared, shared_down, share_T, token, column, inside, shared_width, stride_sh, stride_ss, BLOCK_N, BLOCK_K
+        )  # fmt: skip
     if PDL:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -211,4 +247,6 @@ def few_down_each(
                 once = inside & taken & (start == 0)
                 bias += tl.load(b2 + safe * stride_be + w_row * stride_bh, mask=once, other=0.0).to(tl.float32) * weight
     total = (tl.sum(acc, 1) + bias) * scale
+    if shared is not None:
+        total += more
     tl.store(out + token.to(tl.int64) * hidden + column, total.to(out.dtype.element_ty), mask=inside)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moerunner.kernels.activation import act, gate_by
+from moerunner.kernels.addend import addend
 from moerunner.kernels.common import follow
 
 _HALVED = tl.constexpr(128)
@@ -270,6 +271,8 @@ def copy_rows(x_TH, slot_R, rows_RH, K, hidden, stride_xt, BLOCK_H: tl.constexpr
 def sum_slots(
     y_SH,
     ids_S,
+    shared_TH,
+    share_T,
     out_TH,
     hidden,
     E,
@@ -278,7 +281,10 @@ def sum_slots(
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[t] = scale * sum_k y[t, k], slots in ascending order. A slot without an expert was never written and is not read."""
+    """out[t] = scale * sum_k y[t, k] + share[t] * shared[t], slots in ascending order; either may be missing.
+
+    A slot without an expert was never written and is not read.
+    """
     follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -288,4 +294,7 @@ def sum_slots(
         expert = tl.load(ids_S + token * K + k)
         taken = (expert >= 0) & (expert < E)
         total += tl.load(y_SH + (token * K + k) * hidden + column, mask=inside & taken, other=0.0).to(tl.float32)
-    tl.store(out_TH + token * hidden + column, (total * scale).to(out_TH.dtype.element_ty), mask=inside)
+    total *= scale
+    if shared_TH is not None:
+        total += addend(shared_TH, None, share_T, token, column, inside, hidden, 0, 0, BLOCK_H, 1)
+    tl.store(out_TH + token * hidden + column, total.to(out_TH.dtype.element_ty), mask=inside)

@@ -8,9 +8,12 @@ Shape suffixes: T tokens, E experts that can be chosen (zero experts too), K cho
 logits, H hidden.
 """
 
+# Of branches that a constant decides, what one assigns is read by another that the same constant decides.
+# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -57,7 +60,7 @@ def _log1p(x):
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     return tl.div_rn(1.0, 1.0 + _exp(-z))
 
 
@@ -157,48 +160,18 @@ def _gate(
 
 # Loads of several logits at once would give a thread neighbours. One at a time, a thread has every 32nd, which is how PyTorch
 # sums a softmax (so those sums are the same bits), and ids need not change threads before they are stored.
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["logits"])
-def _route(
-    logits,
-    selection_bias,
-    per_expert_scale,
-    global_scale,
-    hash_table,
-    input_ids,
-    token_types,
-    ids_TK,
-    weights_TK,
-    shared_TS,
-    T,
-    stride_t,
-    stride_e,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    SCORE: tl.constexpr,
-    BY_LOGIT: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    BEST_TWO: tl.constexpr,
-    FILL: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    EPS: tl.constexpr,
-    P: tl.constexpr,
-    JITTER: tl.constexpr,
-    SETS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    GP: tl.constexpr,
-    MP: tl.constexpr,
-    KP: tl.constexpr,
-    SP: tl.constexpr,
+@triton.jit
+def decide(
+    program,
+    logits, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, ids_TK, weights_TK, shared_TS,
+    T, stride_t, stride_e, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SCORE: tl.constexpr, BY_LOGIT: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST_TWO: tl.constexpr,
+    FILL: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, JITTER: tl.constexpr,
+    SETS: tl.constexpr, FACTOR: tl.constexpr, GP: tl.constexpr, MP: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
     ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+):  # fmt: skip
     """ROWS tokens, each [GP * MP] lanes: GROUPS groups of E // GROUPS experts, both rounded up to powers of two."""
-    follow(PDL)
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    t = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = t < T
     row = logits + t * stride_t
     lane = tl.arange(0, GP * MP)[None, :]
@@ -227,7 +200,7 @@ def _route(
     elif SCORE == _SQRTSOFTPLUS:
         w = tl.sqrt_rn(tl.where(z > 20.0, z, _log1p(_exp(z))))
     elif (SCORE == _SIGMOID) or (SCORE == _SIGMOID_TOPK):  # noqa: SIM109 - Triton has no `in`
-        w = _sigmoid(z)
+        w = sigmoid(z)
 
     if hash_table is None:
         if BY_LOGIT:
@@ -257,7 +230,7 @@ def _route(
     if S > 0:
         s = tl.arange(0, SP)[None, :]
         has = inside & (s < S)
-        shared = tl.where(has, _sigmoid(_logits(row + (E + s).to(tl.int64) * stride_e, has, LOGIT_SCALE, SOFTCAP)), 0.0)
+        shared = tl.where(has, sigmoid(_logits(row + (E + s).to(tl.int64) * stride_e, has, LOGIT_SCALE, SOFTCAP)), 0.0)
 
     if RENORMALISE != 0:
         if RENORMALISE == _P_NORM:
@@ -293,8 +266,27 @@ def _route(
         tl.store(shared_TS + t * S + s, shared, mask=has)
 
 
-@operator("route", fake=routing.fake)
-def triton_route(
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["logits"])
+def _route(
+    logits, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, ids_TK, weights_TK, shared_TS,
+    T, stride_t, stride_e, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SCORE: tl.constexpr, BY_LOGIT: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST_TWO: tl.constexpr,
+    FILL: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, JITTER: tl.constexpr,
+    SETS: tl.constexpr, FACTOR: tl.constexpr, GP: tl.constexpr, MP: tl.constexpr, KP: tl.constexpr, SP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`decide`, and nothing beside it."""
+    follow(PDL)
+    decide(
+        tl.program_id(0),
+        logits, selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types, ids_TK, weights_TK,
+        shared_TS, T, stride_t, stride_e, E, K, S, SCORE, BY_LOGIT, LOGIT_SCALE, SOFTCAP, GROUPS, KEPT, BEST_TWO, FILL,
+        RENORMALISE, EPS, P, JITTER, SETS, FACTOR, GP, MP, KP, SP, ROWS,
+    )  # fmt: skip
+
+
+def routed(
     x: Tensor,
     gate: Tensor | None,
     gate_bias: Tensor | None,
@@ -331,23 +323,55 @@ def triton_route(
         score: index into `routing.SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0;
             groups=1 is none. renormalise: index into `routing.RENORMALISE`. factor: on all weights.
     """
+    learned = (selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types)
+    rule = (score, by_logit, logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities)
+    return run(x, gate, gate_bias, learned, experts, top_k, (*rule, factor))
+
+
+triton_route = operator("route", fake=routing.fake)(routed)
+
+
+def run(
+    x: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    learned: tuple[Tensor | None, ...],
+    experts: int,
+    top_k: int,
+    rule: tuple[Any, ...],
+    beside: Beside | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`routed`, with the tensors and the numbers around `experts` and `top_k` as they come; or with a kernel that does more."""
     tokens, device = x.shape[0], x.device
     ids, weights, shared = routing.empty(x, gate, experts, top_k)
     if tokens == 0:
         return ids, weights, shared
     z: Tensor = computable(x) if gate is None else _logits_of_few(x, gate, gate_bias)  # type: ignore[assignment]
+    groups = rule[4]
     gp, mp = power_of_2(groups), power_of_2(experts // groups)
     rows, warps = tile(tokens, gp * mp)
-    learned = (selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types)
+    kernel, programs, first, last = _route, blocks(tokens, rows), (), ()
+    if beside is not None:
+        rows, warps = 1, beside.warps
+        kernel, programs, first, last = beside.kernel, tokens * (1 + beside.programs), beside.first, beside.last
     launch(
-        _route, (blocks(tokens, rows),), z,
+        kernel, (programs,), *first, z,
         *(None if t is None else computable(t.contiguous()) for t in learned), ids, weights, shared,
-        tokens, *z.stride(), experts, top_k, shared.shape[1], score, by_logit, logit_scale, logit_softcap,
-        groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities, factor,
-        gp, mp, power_of_2(top_k), power_of_2(max(1, shared.shape[1])), rows,
+        tokens, *z.stride(), experts, top_k, shared.shape[1], *rule,
+        gp, mp, power_of_2(top_k), power_of_2(max(1, shared.shape[1])), rows, *last,
         device=device, warps=warps, first=gate is None, exact=True,
     )  # fmt: skip
     return ids, weights, shared
+
+
+class Beside(NamedTuple):
+    """A kernel that has other programs beside the one that routes a token: how many, and its arguments around the rule's."""
+
+    kernel: Any
+    warps: int
+    programs: int
+    first: tuple[Any, ...]
+    last: tuple[Any, ...]
 
 
 def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:

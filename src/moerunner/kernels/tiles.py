@@ -86,12 +86,17 @@ _HALF = (  # 16-bit dtypes, from few rows per expert to many
 )
 
 
+def few_tokens(top_k: int, experts: int) -> int:
+    """Up to how many tokens `Few` tiles serve: few experts are chosen twice."""
+    return max(1, experts // (8 * top_k))
+
+
 def choose(
     tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, itemsize: int, specialised: bool = False
 ) -> Tiles:
     """The tiles for `tokens` tokens that choose `top_k` of `experts`, spread evenly. specialised: `hopper.py` can run here."""
     slots = tokens * top_k
-    if tokens == 1 or 8 * slots <= experts:
+    if tokens <= few_tokens(top_k, experts):
         return few(tokens, top_k, hidden, inter)
     rows = slots / min(experts, slots)
     if itemsize == 4:

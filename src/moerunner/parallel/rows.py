@@ -32,7 +32,7 @@ class SideStream:
         return self._streams[device]
 
 
-def beside(compute: Callable[[], Tensor], side: SideStream, *read: Tensor | None) -> Work[Any]:
+def beside(compute: Callable[[], Tensor | tuple[Tensor | None, ...]], side: SideStream, *read: Tensor | None) -> Work[Any]:
     """Starts `compute` on a side stream, after what the current stream has been given so far; it must issue no collective.
 
     `wait` has the current stream wait for it. read: what it reads that may be freed before. Fit for CUDA graphs.
@@ -45,10 +45,12 @@ def beside(compute: Callable[[], Tensor], side: SideStream, *read: Tensor | None
     for tensor in tensors:
         tensor.record_stream(stream)
 
-    def finish() -> Tensor:
-        here = torch.cuda.current_stream(y.device)
+    def finish() -> Any:
+        here = torch.cuda.current_stream(tensors[0].device)
         here.wait_stream(stream)
-        y.record_stream(here)
+        for tensor in y if isinstance(y, tuple) else (y,):
+            if tensor is not None:
+                tensor.record_stream(here)
         return y
 
     return Work(finish)

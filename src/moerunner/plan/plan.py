@@ -168,7 +168,7 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         """What ranks must agree on that run the same layer, as plain data; kernels on a rank are its own affair."""
-        own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch", "side"}
+        own = {"kernel", "reason", "refused", "few", "dequantises", "one_launch", "side", "adds", "joined"}
         steps = [{k: v for k, v in asdict(s).items() if k not in own or s.verb in ("dispatch", "combine")} for s in self.steps]
         return {
             "spec": self.spec.to_dict(),

@@ -9,10 +9,11 @@ from functools import partial
 
 from moerunner import quant
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
-from moerunner.experts.base import Request
+from moerunner.experts.base import BackendInfo, Request
 from moerunner.experts.registry import Chosen, choose
 from moerunner.kernels.cpu import library
 from moerunner.kernels.cpu.linear import AT_ONCE, worthwhile
+from moerunner.kernels.tiles import few_tokens
 from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
@@ -103,7 +104,7 @@ class _Builder:
             self.add("pad", width=padded, reason=f"the experts' weights are stored at width {padded}")
         pair = self._dispatch()
         if spec.shared is not None:
-            self._shared(pair)
+            self.steps.append(self._shared(pair))
         self._experts(pair)
         follows = [spec.output_transform, spec.shared, spec.final_transform, spec.zero_experts, spec.output_bias]
         early = any(bool(f) for f in follows)
@@ -173,17 +174,22 @@ class _Builder:
             return "is not batch invariant"
         return f"holds 1024 experts of which 32 are chosen, not {k} of {experts}" if experts > 1024 or k > 32 else ""
 
-    def _shared(self, pair: PairInfo) -> None:
+    def _shared(self, pair: PairInfo, *, added: bool = False) -> Step:
+        """added: by the experts' kernel, so that they are computed before it starts."""
         axes = self.layout.split_axes if self.layout.shards_shared else ()
         held = f"a slice of the width over {'+'.join(axes)}" if axes else "whole on every rank"
         held += "; runs while the routed tokens travel" if pair.overlaps else ""
         side, against = (_ANY if pair.overlaps else _FEW_SIDE_TOKENS), self._against_side_stream()
         if not against:
-            held += "; on a side stream" + ("" if pair.overlaps else f" beside the routed experts up to {side} tokens")
+            other = "the router" if added and self._of_tokens() else "the routed experts"
+            held += "; on a side stream" + ("" if pair.overlaps else f" beside {other} up to {side} tokens")
+        joined = self._joined() if added else 0
+        if joined:
+            held += f"; up to {joined} tokens in the launches of the router and of the routed experts"
         half = self.device == "cpu" and self.dtype in ("bfloat16", "float16")
         native = half and worthwhile() and not (self.options.grad or self.options.batch_invariant)
-        self.add(
-            "shared",
+        return Step(
+            verb="shared",
             value="shared",
             reads="tokens",
             axes=axes,
@@ -191,8 +197,33 @@ class _Builder:
             overlaps=pair.overlaps,
             reason=held,
             side=0 if against else side,
+            joined=joined,
             refused=(("a side stream", against),) if against and self.device == "cuda" else (),
         )
+
+    def _of_tokens(self) -> bool:
+        """Whether shared experts read the tokens and nothing of the router's."""
+        return self.spec.shared is not None and self.spec.shared.gate != "router"
+
+    def _joined(self) -> int:
+        """Up to how many tokens the router's and the experts' launches hold the shared experts too."""
+        gate = next((s for s in self.steps if s.verb == "gate"), None)
+        one_launch = any(s.one_launch == "triton" for s in self.steps)
+        if gate is None or not one_launch or not self._of_tokens() or self.spec.shared is None or self.spec.shared.bias:
+            return 0
+        return min(gate.few[0], few_tokens(self.spec.top_k, self.meta["experts.0.w2"].shape[0]))
+
+    def _add_shared(self, pair: PairInfo, kernels: list[BackendInfo]) -> None:
+        """Has the experts' kernel add the shared experts' output, if it can and the two are parts of one sum there."""
+        if self.spec.shared is None or pair.name != "local" or not all(kernel.adds for kernel in kernels):
+            return
+        *before, experts = self.steps
+        experts = dataclasses.replace(experts, adds=True, reason=f"{experts.reason}; adds the shared experts")
+        try:
+            flow((*before, experts), self.spec, start_states(self.spec, self.layout, self.dtype))
+        except PlanError:
+            return
+        self.steps = [self._shared(pair, added=True) if s.verb == "shared" else s for s in before] + [experts]
 
     def _against_side_stream(self) -> str:
         """Why shared experts run on the stream of all else; empty where they do not."""
@@ -290,6 +321,7 @@ class _Builder:
             sums=not rows,
             scales=applies and not rows,
         )
+        self._add_shared(pair, kernels)
         if e.row_norm is not None:
             if self.meta["experts.0.w2"].shape[1] != spec.routed_hidden_size:
                 self.add("trim", width=spec.routed_hidden_size, at="row_norm", reason="before what reads the true width")

@@ -54,6 +54,8 @@ class Step:
     kernel, reason, refused: what runs it, why, and why not the others. few: another up to so many tokens.
     dequantises: the format that is turned into plain weights first. axes: of the ranks it concerns.
     width: features after a pad, trim or transform. linear: of a transform. scales, weighs, sums: a kernel's or router's facts.
+    adds: an experts kernel adds the shared experts' output. joined: of a shared step, up to so many tokens, its products are in
+    the launches of the router and of the experts.
     rounds: a kernel gives the tokens' dtype, as nothing computes with its sums.
     scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
     one_launch: of a route, the kernels that do it from logits to weights at once. side: up to so many tokens, on a side stream
@@ -78,6 +80,8 @@ class Step:
     weighs: bool = False
     sums: bool = False
     rounds: bool = False
+    adds: bool = False
+    joined: int = 0
     scatter: bool = False
     overlaps: bool = False
     one_launch: str = ""
@@ -117,6 +121,8 @@ def flow(steps: tuple[Step, ...], spec: MoESpec, start: States) -> list[States]:
                 second=step.name,
             )
         states = {**states, **_EFFECTS[step.verb](step, states, spec)}
+        if step.adds:
+            del states["shared"]
         after.append(dict(states))
     return after
 
@@ -128,7 +134,7 @@ def _needs(step: Step) -> tuple[str, ...]:
         "shared": (step.reads,),
         "zero": (step.reads, "topk"),
         "dispatch": ("routed", "topk"),
-        "experts": ("routed", "topk"),
+        "experts": ("routed", "topk", *(("shared",) if step.adds else ())),
         "combine": ("routed", "topk"),
         "shard": ("out",),
         "join": ("routed",),
@@ -173,6 +179,11 @@ def _experts(step: Step, states: States, spec: MoESpec) -> States:
         y = y.sum_slots(step.name)
     if step.scales:
         y = y.scale(step.name)
+    if step.adds:
+        if spec.output_transform is not None or spec.routing.modalities > 1:
+            what = "sets of experts" if spec.output_transform is None else "an output transform of the routed part alone"
+            raise PlanError(f"adds the shared experts before {what}", first=states["shared"].maker("made"), second=step.name)
+        y = y.add(step.name, states["shared"])
     if not step.rounds:
         return {"routed": y}
     if spec.routing.modalities > 1:
@@ -227,6 +238,8 @@ def _join(step: Step, states: States, spec: MoESpec) -> States:
             out = out.add(step.name, states[value])
     if out.rounded and spec.output_bias:
         raise PlanError("adds a bias to a value that has been rounded already", first=out.maker("rounded"), second=step.name)
+    if out.rounded and spec.join == "average":
+        raise PlanError("averages a value that has been rounded already", first=out.maker("rounded"), second=step.name)
     if step.axes != out.partial_axes:
         what = f"counts a bias once over {step.axes}, the value is a partial sum over {out.partial_axes}"
         raise PlanError(what, first=out.maker(f"placed on {(*out.partial_axes, *step.axes)[0]}"), second=step.name)
