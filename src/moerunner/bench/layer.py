@@ -31,9 +31,9 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {  # the family, and its config 
     "small": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 _WAYS = ("eager", "batched_mm", "grouped_mm", "sonicmoe", "deepgemm")
-_CLEAR = 2.0**-6
-"""A token is compared where the last key chosen lies so far above the best left out: rounding decides nearer ones."""
-_CHECKED = 2
+_CHECKED, _DRAWN = 2, 64
+"""So many tokens are compared, those of so many whose last chosen key lies furthest above the best one left out: where the two
+are near, rounding decides."""
 
 
 def make_block(name: str, dtype: torch.dtype, device: str) -> nn.Module:
@@ -141,15 +141,14 @@ def _rows(y: Any) -> Tensor:
 
 
 def _judged(runner: MoERunner, x: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """Some rows and their float64 output, of x or of one drawn anew until a row's choice is clear."""
+    """Some rows, their float64 output, and x with them in it: of `_DRAWN` random tokens those whose choice is clearest."""
     weights = runner.layer_weights()
-    while True:
-        some = x[0, :32]
-        margins = [choice.margin for choice in reference_route(runner.spec, weights, some)]
-        rows = [t for t, margin in enumerate(margins) if margin > _CLEAR][:_CHECKED]
-        if rows:
-            return rows, reference(runner.spec, weights, some[rows]).to(x.device), x
-        x = torch.randn_like(x)
+    drawn = torch.randn(_DRAWN, x.shape[-1], device=x.device).to(x.dtype)
+    margins = [choice.margin for choice in reference_route(runner.spec, weights, drawn)]
+    rows = list(range(min(_CHECKED, x.shape[1])))
+    x = x.clone()
+    x[0, rows] = drawn[sorted(range(_DRAWN), key=margins.__getitem__)[-len(rows) :]]
+    return rows, reference(runner.spec, weights, x[0, rows]).to(x.device), x
 
 
 def _floor(runner: MoERunner, block: nn.Module, x: Tensor, peaks: Peaks, dtype: torch.dtype) -> float:

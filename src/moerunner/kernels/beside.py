@@ -42,7 +42,7 @@ def _route_beside(
     """`decide` in the first T programs, one for each token. The others meanwhile read the weights of shared experts: BLOCK_N
     columns of h = act(x gate_proj^T) * (x up_proj^T), and, last of a token's, share = sigmoid(x . shared_gate).
 
-    They read nothing of the gate's kernel, so they do not wait for it.
+    They read nothing of the gate's kernel, so they do not wait for it, see `lead`.
     """
     program = tl.program_id(0)
     if PDL:
@@ -82,7 +82,7 @@ def _route_beside(
             tl.store(share_T + token + zero, sigmoid(z))
 
 
-_WARPS, _COLUMNS, _FEATURES = 1, 1, 2048
+_WARPS, _COLUMNS, _FEATURES = 4, 2, 2048
 """Warps, columns and features that a program of shared experts takes at once, as measured on an H200."""
 
 

@@ -37,6 +37,17 @@ def follow(PDL: tl.constexpr):
 
 
 @triton.jit
+def lead(PDL: tl.constexpr):
+    """`follow` for a kernel whose successor reads, before it waits, what is older than this one: it starts once that is there.
+
+    What it reads so must come from the L2 cache (`.cg`): a multiprocessor's own cache may be older than the kernels before.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def prefetch(pointer):
     """Has the L2 cache fetch the 128 bytes around each pointer; nothing waits for them."""
     tl.inline_asm_elementwise(
@@ -60,9 +71,9 @@ def launch(
     first: bool = False,
     exact: bool = False,
 ) -> None:
-    """Runs a kernel that takes `PDL` last and calls `follow` first.
+    """Runs a kernel that takes `PDL` last and calls `follow` or `lead` first.
 
-    first: it follows none of ours and starts plainly. exact: it rounds as PyTorch's elementwise kernels do, so no product is
+    first: it starts plainly, when all before it is over. exact: it rounds as PyTorch's elementwise kernels do, so no product is
     contracted into a sum and no tiny value becomes 0.
     """
     if INTERPRETING:

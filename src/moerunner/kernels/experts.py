@@ -132,7 +132,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         few_gate_up, (blocks(inter, up.block_n), tokens * k),
         x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
         input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
-        device=x.device, warps=up.warps, first=True,
+        device=x.device, warps=up.warps,
     )  # fmt: skip
     out = _empty_output(x, ids, w2, output)
     width = 0 if beside[0] is None else beside[0].shape[1]

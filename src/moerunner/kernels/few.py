@@ -16,20 +16,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.addend import addend
-from moerunner.kernels.common import follow, prefetch
+from moerunner.kernels.common import lead, prefetch
 
 
 @triton.jit
 def two_products(
     x_H, g_N, u_N, hidden, stride_x, stride_g, stride_u, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """x with BLOCK_N rows of the gate's weight and as many of the up weight, pointers to which are given; ungated, with g's."""
+    """x with BLOCK_N rows of the gate's weight and as many of the up weight, pointers to which are given; ungated, with g's.
+
+    Fit for reading x before a wait, see `lead`.
+    """
     g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, hidden, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         rest = k < hidden
-        x = tl.load(x_H + k * stride_x, mask=rest, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_H + k * stride_x, mask=rest, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
         k = k.to(tl.int64)[None, :]
         g += x * tl.load(g_N[:, None] + k * stride_g, mask=rest[None, :], other=0.0).to(tl.float32)
         if GATED:
@@ -71,7 +74,7 @@ def few_gate_up(
     PDL: tl.constexpr,
 ):
     """BLOCK_N columns of h[s] = act(x[token of s] w13[e]^T + b13[e])."""
-    follow(PDL)
+    lead(PDL)
     slot = tl.program_id(1)
     expert = tl.load(ids_S + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
@@ -144,7 +147,7 @@ def few_down(
     token = tl.program_id(1)
     k = tl.arange(0, KP)
     slot = token * K + k
-    expert = tl.load(ids_S + slot, mask=k < K, other=-1).to(tl.int64)
+    expert = tl.load(ids_S + slot, mask=k < K, other=-1, cache_modifier=".cg").to(tl.int64)
     taken = (expert >= 0) & (expert < E)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < hidden

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from moerunner.kernels import routing
-from moerunner.kernels.common import INTERPRETING, blocks, computable, follow, launch, power_of_2
+from moerunner.kernels.common import INTERPRETING, blocks, computable, follow, launch, lead, power_of_2, prefetch
 from moerunner.kernels.operators import operator
 
 _PLAIN = tl.constexpr(INTERPRETING)
@@ -138,11 +138,18 @@ def _gate(
     stride_gh,
     TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One logit of TOKENS tokens: float32 products of what is stored in any dtype, summed once at the end."""
-    follow(PDL)
+    """One logit of TOKENS tokens: float32 products of what is stored in any dtype, summed once at the end.
+
+    AHEAD: so many runs of 128 bytes of its weights are fetched into the cache while the kernel before still runs.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if PDL and AHEAD > 0:  # of the weights, which lie there already
+        run = tl.arange(0, AHEAD).to(tl.int64) * (128 // (gate_LH.dtype.element_ty.primitive_bitwidth // 8))
+        prefetch(gate_LH + row * stride_gl + tl.minimum(run, hidden - 1))
+    lead(PDL)
     t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = t < T
     acc = tl.zeros([TOKENS, BLOCK_K], tl.float32)
@@ -379,12 +386,13 @@ def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     x, gate = computable(x), computable(gate)  # type: ignore[assignment]
     (tokens, hidden), count = x.shape, gate.shape[0]
     at_once, block, warps = (1, 8192, 4) if tokens == 1 else (2, 2048, 8) if tokens == 2 else (4, 1024, 4)
+    ahead = power_of_2(blocks(hidden * gate.element_size(), 128)) if gate.stride(1) == 1 else 0
     z = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
     launch(
         _gate, (count, blocks(tokens, at_once)),
         x, gate, None if bias is None else computable(bias.contiguous()), z, tokens, count, hidden,
-        *x.stride(), *gate.stride(), at_once, min(block, power_of_2(hidden)),
-        device=x.device, warps=warps, first=True,
+        *x.stride(), *gate.stride(), at_once, min(block, power_of_2(hidden)), ahead,
+        device=x.device, warps=warps,
     )  # fmt: skip
     return z
 
