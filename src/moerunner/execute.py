@@ -29,7 +29,7 @@ from moerunner.parallel.rows import SideStream, Work, beside, joined
 from moerunner.plan import Plan, Step
 from moerunner.quant import dequantized
 from moerunner.shared import SharedExperts
-from moerunner.spec import Custom, Linear, RMSNorm, TransformSpec
+from moerunner.spec import Custom, Linear, RMSNorm, RoutingSpec, TransformSpec
 from moerunner.values import ExpertWeights, LayerWeights, TopK
 
 Unary = Callable[[Tensor, LayerWeights], Tensor]
@@ -204,7 +204,7 @@ class Verbs:
             if routing.input_transform is not None:
                 seen = _transform("gate_transform", routing.input_transform, seen, w, self.dtype, self._product)
             gate, bias = w.tensors["gate"], w.tensors.get("gate_bias")
-            if 0 < seen.shape[0] <= self._gate_tokens and seen.dtype != torch.float64:
+            if 0 < seen.shape[0] <= self._gate_tokens and _stored(seen, gate, bias, routing):
                 logits, product = seen, {"gate": gate, "gate_bias": bias}
             else:
                 logits = gate_logits(seen, gate, bias, routing, self._product)
@@ -408,6 +408,14 @@ def _rule_beside() -> Callable[..., tuple[TopK, Tensor, Tensor | None]]:
     from moerunner.kernels.beside import route_beside
 
     return route_beside
+
+
+def _stored(x: Tensor, gate: Tensor, bias: Tensor | None, routing: RoutingSpec) -> bool:
+    """Whether a kernel may multiply what is stored: PyTorch's product in the model's dtype would cast none of it."""
+    if routing.logits_dtype == "float32":
+        return x.dtype != torch.float64
+    same = x.dtype == gate.dtype and (bias is None or bias.dtype == x.dtype)
+    return same and not torch.is_autocast_enabled(x.device.type)
 
 
 def _cut(weight: Tensor | None, width: int) -> Tensor | None:

@@ -144,8 +144,8 @@ def triton_route_beside(
     activation = (up_proj is not None, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
     numbers = (*activation, _COLUMNS, min(_FEATURES, power_of_2(hidden)))
     beside = Beside(_route_beside, _WARPS, blocks(width, _COLUMNS) + (own is not None), operands, numbers)
-    learned, (experts, top_k, *rule) = rest[:6], rest[6:]
-    found = run(x, gate, gate_bias, learned, experts, top_k, tuple(rule), beside)
+    learned, (experts, top_k, *rule, rounded) = rest[:6], rest[6:]
+    found = run(x, gate, gate_bias, learned, experts, top_k, tuple(rule), rounded, beside)
     return h_out.to(h.dtype), share, *found
 
 

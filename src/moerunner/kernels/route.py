@@ -162,7 +162,7 @@ def _gate(
     z = tl.sum(acc, 1)
     if bias_L is not None:
         z += tl.load(bias_L + row).to(tl.float32)
-    tl.store(logits_TL + t * L + row, z, mask=inside)
+    tl.store(logits_TL + t * L + row, z.to(logits_TL.dtype.element_ty), mask=inside)
 
 
 # Loads of several logits at once would give a thread neighbours. One at a time, a thread has every 32nd, which is how PyTorch
@@ -319,6 +319,7 @@ def routed(
     jitter: float,
     modalities: int,
     factor: float,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids [T, K] int64, weights [T, K] and weights of shared experts [T, S], both float32.
 
@@ -329,10 +330,11 @@ def routed(
         hash_table: [vocab, K], with input_ids [T] in place of a choice by key. token_types: [T], with modalities above 1.
         score: index into `routing.SCORES`; by_logit: the key is the logit. fill: the key in groups that lose, -inf or 0;
             groups=1 is none. renormalise: index into `routing.RENORMALISE`. factor: on all weights.
+        rounded: the gate's logits are rounded to x's dtype.
     """
     learned = (selection_bias, per_expert_scale, global_scale, hash_table, input_ids, token_types)
     rule = (score, by_logit, logit_scale, logit_softcap, groups, kept, best_two, fill, renormalise, eps, p, jitter, modalities)
-    return run(x, gate, gate_bias, learned, experts, top_k, (*rule, factor))
+    return run(x, gate, gate_bias, learned, experts, top_k, (*rule, factor), rounded)
 
 
 triton_route = operator("route", fake=routing.fake)(routed)
@@ -346,6 +348,7 @@ def run(
     experts: int,
     top_k: int,
     rule: tuple[Any, ...],
+    rounded: bool,
     beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`routed`, with the tensors and the numbers around `experts` and `top_k` as they come; or with a kernel that does more."""
@@ -353,7 +356,7 @@ def run(
     ids, weights, shared = routing.empty(x, gate, experts, top_k)
     if tokens == 0:
         return ids, weights, shared
-    z: Tensor = computable(x) if gate is None else _logits_of_few(x, gate, gate_bias)  # type: ignore[assignment]
+    z: Tensor = computable(x if gate is None else _logits_of_few(x, gate, gate_bias, rounded))  # type: ignore[assignment]
     groups = rule[4]
     gp, mp = power_of_2(groups), power_of_2(experts // groups)
     rows, warps = tile(tokens, gp * mp)
@@ -381,13 +384,17 @@ class Beside(NamedTuple):
     last: tuple[Any, ...]
 
 
-def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
-    """[T, L] in float32. Tiles as measured on an H200: one read of a row of the gate serves up to four tokens."""
+def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+    """[T, L] in float32, or rounded to x's dtype.
+
+    Tiles as measured on an H200: one read of a row of the gate serves up to four tokens.
+    """
+    dtype = x.dtype if rounded else torch.float32
     x, gate = computable(x), computable(gate)  # type: ignore[assignment]
     (tokens, hidden), count = x.shape, gate.shape[0]
     at_once, block, warps = (1, 8192, 4) if tokens == 1 else (2, 2048, 8) if tokens == 2 else (4, 1024, 4)
     ahead = power_of_2(blocks(hidden * gate.element_size(), 128)) if gate.stride(1) == 1 else 0
-    z = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
+    z = torch.empty(tokens, count, dtype=dtype, device=x.device)
     launch(
         _gate, (count, blocks(tokens, at_once)),
         x, gate, None if bias is None else computable(bias.contiguous()), z, tokens, count, hidden,

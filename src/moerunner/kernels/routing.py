@@ -58,6 +58,7 @@ def route(
         g.count if g else 1, g.kept if g else 1, g is not None and g.score == "top2_sum",
         0.0 if g is not None and g.fill == "zero" else float("-inf"),
         RENORMALISE.index(r.renormalise), r.eps, r.p, r.jitter, r.modalities, spec.routed_scaling_factor if scale else 1.0,
+        r.logits_dtype == "model",
     )  # fmt: skip
     return TopK(ids, weights, scaled=scale, shared_weights=shared if shared.shape[1] else None)
 

@@ -171,7 +171,7 @@ def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
     kp = _power_of_2(top_k)
     block_k = min(512 if kp <= 2 else 256 if kp <= 8 else 2048 // kp, _power_of_2(inter))
     block_n = max(1, min(16, 16384 // (kp * block_k)))
-    up_k, up_warps = (512, 2) if tokens > 1 or 2048 < hidden <= 4096 else (256, 1) if hidden <= 2048 else (1024, 4)
+    up_k, up_warps = (512, 2) if tokens > 1 or hidden <= 4096 else (1024, 4)
     each = None
     if top_k <= 16 and not 256 < inter <= 1024:
         each_k = 512 if top_k <= 6 else 256 if top_k <= 12 else 128  # as much as its one warp has registers for

@@ -143,7 +143,8 @@ class _Builder:
         r, spec = self.spec.routing, self.spec
         against, kernels = self._against_one_launch(), _ONE_LAUNCH.get(self.device, "")
         if r.score != "external" and r.simulate is None:
-            plain = against or r.logits_dtype == "model" or self.options.batch_invariant
+            rounds = r.logits_dtype == "float32" or kernels == "triton"
+            plain = against or not rounds or self.options.batch_invariant
             few = (0, "") if plain else (_FEW_GATE_TOKENS, kernels)
             self.add("gate", value="topk", reads="tokens", few=few, reason="reads the caller's tokens at full width")
         in_weights = not spec.apply_routed_scale_to_output and spec.routed_scaling_factor != 1.0

@@ -21,7 +21,8 @@ _SCHEMA = (
     "(Tensor x, Tensor? gate, Tensor? gate_bias, Tensor? selection_bias, Tensor? per_expert_scale, "
     "Tensor? global_scale, Tensor? hash_table, Tensor? input_ids, Tensor? token_types, int experts, int top_k, int score, "
     "bool by_logit, float logit_scale, float? logit_softcap, int groups, int kept, bool best_two, float fill, "
-    "int renormalise, float eps, float p, float jitter, int modalities, float factor) -> (Tensor, Tensor, Tensor)"
+    "int renormalise, float eps, float p, float jitter, int modalities, float factor, "
+    "bool rounded) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,8 +53,14 @@ def run(
     jitter: float,
     modalities: int,
     factor: float,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cpu_route` by the path of this name; arguments and results are those of `kernels.route.triton_route`."""
+    """`cpu_route` by the path of this name; arguments and results are those of `kernels.route.triton_route`.
+
+    Raises NotImplementedError for a gate with rounded logits, which a plan for a CPU leaves to PyTorch.
+    """
+    if rounded and gate is not None:
+        raise NotImplementedError("native routing rounds no logits; pass them")
     ids, weights, shared = routing.empty(x, gate, experts, top_k)
     tokens = x.shape[0]
     if tokens == 0:
