@@ -174,11 +174,11 @@ def foreign(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[str, tupl
             yield f"{step.name} of {step.value} at '{step.at}' in place {j}", (*steps[:j], step, *steps[j:])
 
 
-def altered(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[str, tuple[Step, ...]]]:
-    """One field of one step another: what it says of itself, its axes, its value, its place."""
+def altered(steps: tuple[Step, ...], layout: Layout, *facts: str) -> Iterator[tuple[str, tuple[Step, ...]]]:
+    """One field of one step another: what it says of itself (`facts` too), its axes, its value, its place."""
     for i, step in enumerate(steps):
         changes: list[dict[str, Any]] = [
-            {f: not getattr(step, f)} for f in ("linear", "scales", "weighs", "sums", "rounds", "scatter")
+            {f: not getattr(step, f)} for f in ("linear", "scales", "weighs", "sums", "rounds", "scatter", *facts)
         ]
         for name in ("axes", "gathers"):
             now = getattr(step, name)
@@ -192,14 +192,16 @@ def altered(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[str, tupl
                 yield f"{step.name} with {change}", (*steps[:i], dataclasses.replace(step, **change), *steps[i + 1 :])
 
 
-def check_any_slip(name: str, layout: str, *, runs: int | None) -> None:
+def check_any_slip(
+    name: str, layout: str, *facts: str, runs: int | None, options: Options | None = None, pad: int = PAD
+) -> None:
     """Every plan that is one step or one field away is refused, with both steps named, or computes the right answer."""
     spec, place = SPECS[name], LAYOUTS[layout]
-    weights, rows = weights_of(spec, PAD), tokens_of(place)
+    weights, rows = weights_of(spec, pad), tokens_of(place)
     expected = [reference(spec, weights, x) for x in rows]
-    plan = simulate(place, lambda bound: MoERunner(spec, weights, bound).plan)[0]
+    plan = simulate(place, lambda bound: MoERunner(spec, weights, bound, options).plan)[0]
     legal, tried, named = [], 0, True
-    for what, steps in (*moved(plan.steps), *foreign(plan.steps, place), *altered(plan.steps, place)):
+    for what, steps in (*moved(plan.steps), *foreign(plan.steps, place), *altered(plan.steps, place, *facts)):
         tried += 1
         try:
             changed = dataclasses.replace(plan, steps=steps)
@@ -215,10 +217,86 @@ def check_any_slip(name: str, layout: str, *, runs: int | None) -> None:
 
         def rank_main(bound: BoundLayout, changed: Plan = changed) -> torch.Tensor:
             with torch.no_grad():
-                return run(changed, bound, MoERunner(spec, weights, bound), rows[bound.comm.rank])
+                return run(changed, bound, MoERunner(spec, weights, bound, options), rows[bound.comm.rank])
 
         for y, ref in zip(simulate(place, rank_main), expected, strict=True):
             assert relative_error(y, ref) <= 2e-6, what
+
+
+def adds_shared(x, topk, weights, call, addend=None):
+    y = eager.run(x, topk, weights, call) * call.scale
+    return y if addend is None else y + addend.output()
+
+
+ADDING: dict[str, Any] = {"run": adds_shared, "adds": True, "applies_scale": True}
+
+
+ADDED = {  # where a kernel that can adds the shared experts: one sum with the routed ones, and nothing between
+    (name, layout): name not in ("plain", "zero experts", "latent, linear", "latent, norm", "row norm")
+    and layout in ("one", "tp2", "ep2", "ep2 tp2")
+    for name in SPECS
+    for layout in LAYOUTS
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_a_kernel_that_can_adds_the_shared_experts(name: str, layout: str) -> None:
+    """Where it may, and once: the result is the same."""
+    spec, place, asked = SPECS[name], LAYOUTS[layout], []
+    weights, rows = weights_of(spec, 0), tokens_of(place)
+
+    def recorded(*given):
+        asked.append(len(given) == 5)
+        return adds_shared(*given)
+
+    with toy_backend(**{**ADDING, "run": recorded}) as options, torch.no_grad():
+        found = simulate(place, lambda bound: MoERunner(spec, weights, bound, options)(rows[bound.comm.rank]))
+        plan = simulate(place, lambda bound: MoERunner(spec, weights, bound, options).plan)[0]
+    assert set(asked) == {ADDED[name, layout]}
+    assert ("adds the shared experts" in plan.explain()) == ADDED[name, layout]
+    with toy_backend(**{**ADDING, "adds": False}) as without:
+        assert plan.fingerprint == plan_of(spec, place, without).fingerprint
+    for y, x in zip(found, rows, strict=True):
+        assert relative_error(y, reference(spec, weights, x)) <= 2e-6 if len(x) else y.shape == x.shape
+
+
+def test_any_slip_of_a_kernel_that_adds_is_refused_or_harmless() -> None:
+    with toy_backend(**ADDING) as options:
+        for name, layout in random.sample(list(ADDED), 3):
+            check_any_slip(name, layout, "adds", runs=15, options=options, pad=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), [where for where, added in ADDED.items() if added])
+def test_any_slip_of_a_kernel_that_adds_is_refused_or_harmless_everywhere(name: str, layout: str) -> None:
+    with toy_backend(**ADDING) as options:
+        check_any_slip(name, layout, "adds", runs=None, options=options, pad=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "changes", "what"),
+    [
+        ("plain", "one", {}, "reads 'shared', which no step before it makes"),
+        ("latent, linear", "one", {}, "before an output transform of the routed part alone"),
+        ("row norm", "one", {}, "never been weighted"),
+        ("tp2 shared", "tp2 shared whole", {}, "adds Partial"),
+        ("average, bias", "one", {"rounds": True}, "rounded already"),
+        ("average", "one", {"rounds": True}, "averages a value that has been rounded"),
+        ("sets", "one", {}, "before sets of experts"),
+    ],
+)
+def test_shared_experts_that_a_kernel_must_not_add(name: str, layout: str, changes: dict[str, Any], what: str) -> None:
+    specs = {
+        "tp2 shared": SPECS["shared"],
+        "average": spec_of(shared=SHARED, join="average"),
+        "sets": spec_of(shared=SHARED, routing=dataclasses.replace(spec_of().routing, modalities=2)),
+    }
+    with toy_backend(**ADDING) as options:
+        plan = plan_of({**SPECS, **specs}[name], LAYOUTS[layout], options)
+    steps = tuple(dataclasses.replace(s, adds=True, **changes) if s.verb == "experts" else s for s in plan.steps)
+    with pytest.raises(PlanError, match=what):
+        dataclasses.replace(plan, steps=steps)
 
 
 def test_any_slip_is_refused_or_harmless() -> None:

@@ -461,9 +461,16 @@ def test_B13_shared_experts_have_a_side_stream_on_cuda_where_that_is_safe(layout
 
 
 @pytest.mark.parametrize("copies", [0, 3])
-@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=2, tp=2, tokens="sharded")], ids=["local", "alltoall"])
-def test_B12_B13_a_side_stream_changes_nothing_and_sees_no_collective(monkeypatch, layout, copies):
-    """With streams that only tell what they are asked: the side one waits for the tokens, and the join waits for it."""
+@pytest.mark.parametrize(
+    ("layout", "adds"),
+    [(Layout(ep=2), False), (Layout(ep=2), True), (Layout(ep=2, tp=2, tokens="sharded"), False)],
+    ids=["local", "added", "alltoall"],
+)
+def test_B12_B13_a_side_stream_changes_nothing_and_sees_no_collective(monkeypatch, layout, adds, copies):
+    """With streams that only tell what they are asked: the side one waits for the tokens, and the join for it.
+
+    Where the experts' kernel adds the shared experts, it waits for them, and they begin before the router.
+    """
     layout = dataclasses.replace(layout, redundant=copies)
     spec = make_spec(factor=2.5, on_output=True, shared=GATED)
     weights = make_weights(spec)
@@ -493,20 +500,27 @@ def test_B12_B13_a_side_stream_changes_nothing_and_sees_no_collective(monkeypatc
     def main(bound):
         here.events, here.comm = [], bound.comm
         dispatch = "alltoall" if layout.tokens == "sharded" else "auto"
-        runner = MoERunner(spec, weights, bound, Options(dispatch=dispatch))
+        runner = MoERunner(spec, weights, bound, options if adds else Options(dispatch=dispatch))
         alone = runner(tokens(9))
         verbs = next(iter(runner._verbs.values()))
         verbs._side_tokens = 9
-        experts, join = verbs.experts, verbs.join
+        experts, join, route = verbs.experts, verbs.join, verbs.route
+        verbs.route = lambda *given, **said: (here.events.append("route"), route(*given, **said))[1]
         verbs.experts = lambda *given: (here.events.append("experts"), experts(*given))[1]
         verbs.join = lambda *given: (here.events.append("join"), join(*given))[1]
         beside = runner(tokens(9))
         runner(tokens(10))  # too many
         return here.events, torch.equal(alone, beside)
 
-    for events, same in simulate(layout, main):
-        started = ["side waits for main", "side begins", "side ends"]
-        assert events == [*started, "experts", "main waits for side", "join", "experts", "join"]
+    def adding(x, topk, weights, call, addend):
+        return eager.run(x, topk, weights, call) * call.scale + addend.output()
+
+    with toy_backend(adding, adds=True, applies_scale=True) as options:
+        found = simulate(layout, main)
+    started, waits, rest = ["side waits for main", "side begins", "side ends"], "main waits for side", ["experts", "join"]
+    for events, same in found:
+        first = [*started, "route", "experts", waits, "join"] if adds else ["route", *started, "experts", "join", waits]
+        assert events == [*first, "route", *rest]
         assert same
     assert set(kept) == {"side", "main"}
 

@@ -33,7 +33,7 @@ class Case:
     call: ExpertsCall
 
     def kernel(self, tiles=None, output=None, **changes):
-        """The kernels with these tiles, in the output the call asks for; changes replace x, ids or weights."""
+        """The kernels with these tiles, in the output the call asks for; changes replace x, ids or weights, or add `addend`."""
         a, w = self.call.activation.resolved(), self.weights
         return run(
             changes.get("x", self.x), changes.get("ids", self.topk.ids), changes.get("topk_weights", self.topk.weights),
@@ -41,6 +41,7 @@ class Case:
             1.0 if a.alpha is None else a.alpha,
             a.beta, a.limit, a.clamp_after, a.gate_softcap, a.up_softcap, self.call.input_weighting,
             (SUMMED if self.call.output == "summed" else ROWS) if output is None else output, self.call.scale, tiles,
+            *changes.get("addend", ()),
         )  # fmt: skip
 
     def exact(self):

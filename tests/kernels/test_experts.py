@@ -103,6 +103,48 @@ def test_scale_and_final_dtype(device, path):
 
 @path
 @pytest.mark.rotating(3)
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_experts_are_added_once_and_are_not_scaled(device, path, dtype, down, share):
+    """As rows, or as what their down product reads; a token without any expert has them too."""
+    c = case(device, dtype, tokens=4, bias=True, scale=2.5)
+    c.topk.ids[1] = -1
+    addend = draw_addend(c, down=down, share=share)
+    exact = c.exact() + addend_exact(addend)
+    bound = 2 * (c.bound() * c.exact().abs().max() / exact.abs().max() + torch.finfo(dtype).eps) + 1e-6
+    y = c.kernel(TILES[path], addend=addend)
+    assert error(y, exact) <= bound
+    assert y.dtype == torch.float32
+    assert torch.equal(c.kernel(TILES[path], FINAL, addend=addend), y.to(dtype))
+
+
+@path
+def test_shared_experts_alone(device, path):
+    """To the precision of their own product: what the routed experts would hide."""
+    c = case(device, tokens=3, skip=False)
+    c.topk.ids.fill_(-1)
+    addend = draw_addend(c, down=True, share=True, transposed=True)
+    assert error(c.kernel(TILES[path], addend=addend), addend_exact(addend)) <= 2e-6
+
+
+def draw_addend(c, *, down, share, width=37, transposed=False):
+    """Rows, of a width that no tile divides, the down weight and the share of a token."""
+    tokens, hidden = c.x.shape
+    rows = torch.randn(tokens, width if down else hidden).to(c.x)
+    weight = torch.randn(hidden, width).to(c.x) * width**-0.5
+    weight = weight.T.contiguous().T if transposed else weight
+    return rows, weight if down else None, torch.rand(tokens, device=c.x.device) if share else None
+
+
+def addend_exact(addend):
+    rows, down, share = (None if t is None else t.double() for t in addend)
+    y = rows if down is None else rows @ down.T
+    return y if share is None else y * share[:, None]
+
+
+@path
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("hidden", "inter"), [(8, 8), (136, 24)])
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (3, 4, 4), (20, 1, 2)])
 def test_odd_shapes(device, path, hidden, inter, tokens, top_k, experts):

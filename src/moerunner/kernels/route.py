@@ -394,14 +394,14 @@ def _logits_of_few(x: Tensor, gate: Tensor, bias: Tensor | None, rounded: bool) 
     (tokens, hidden), count = x.shape, gate.shape[0]
     at_once, block, warps = (1, 8192, 4) if tokens == 1 else (2, 2048, 8) if tokens == 2 else (4, 1024, 4)
     ahead = power_of_2(blocks(hidden * gate.element_size(), 128)) if gate.stride(1) == 1 else 0
-    z = torch.empty(tokens, count, dtype=dtype, device=x.device)
+    z: Tensor = computable(torch.empty(tokens, count, dtype=dtype, device=x.device))  # type: ignore[assignment]
     launch(
         _gate, (count, blocks(tokens, at_once)),
         x, gate, None if bias is None else computable(bias.contiguous()), z, tokens, count, hidden,
         *x.stride(), *gate.stride(), at_once, min(block, power_of_2(hidden)), ahead,
         device=x.device, warps=warps,
     )  # fmt: skip
-    return z
+    return z.to(dtype)
 
 
 def tile(tokens: int, lanes: int) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def flow(steps: tuple[Step, ...], spec: MoESpec, start: States) -> list[States]:
                 second=step.name,
             )
         states = {**states, **_EFFECTS[step.verb](step, states, spec)}
-        if step.adds:
+        if step.verb == "experts" and step.adds:
             del states["shared"]
         after.append(dict(states))
     return after
@@ -134,7 +134,7 @@ def _needs(step: Step) -> tuple[str, ...]:
         "shared": (step.reads,),
         "zero": (step.reads, "topk"),
         "dispatch": ("routed", "topk"),
-        "experts": ("routed", "topk", *(("shared",) if step.adds else ())),
+        "experts": ("routed", "topk", *(["shared"] if step.adds else [])),
         "combine": ("routed", "topk"),
         "shard": ("out",),
         "join": ("routed",),
