@@ -98,19 +98,21 @@ def microseconds(seconds: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def layers(short: bool, folder: Path) -> list[str]:
+def layers(short: bool, folder: Path, routing: str = "uniform") -> list[str]:
     """A table for each device and dtype: the floor, ours, and the fastest of each other implementation."""
     lines = []
-    found = newest(layer_rows, "shape", folder)
+    found = newest(lambda data: [row for row in layer_rows(data) if row["routing"] == routing], "shape", folder)
+    what = "Routed experts of one layer" if routing == "uniform" else "Whole layers, from their input to their output"
+    how = f"{routing} routing" if routing == "uniform" else "routed by their routers, in a CUDA graph"
     for device, dtype in [(d, t) for d, rows in found.items() for t in sorted({row["dtype"] for row in rows})]:
-        rows = [row for row in found[device] if row["dtype"] == dtype and row["routing"] == "uniform" and seconds_of(row)]
+        rows = [row for row in found[device] if row["dtype"] == dtype and seconds_of(row)]
         if short:
             rows = [row for row in rows if row["shape"] in SHORT_SHAPES and row["tokens"] in SHORT_TOKENS]
         if not rows:
             continue
         peers = sorted({row["implementation"] for row in rows if not is_ours(row)})
         lines += [
-            f"Routed experts of one layer, {said_of(rows)}, on one {device}, uniform routing ({made_of(rows)}). Microseconds:",
+            f"{what}, {said_of(rows)}, on one {device}, {how} ({made_of(rows)}). Microseconds:",
             "",
         ]
         lines += [
@@ -190,7 +192,8 @@ def made_of(rows: list[Row]) -> str:
 
 def tables(short: bool, folder: Path = RESULTS) -> str:
     """What stands between the marks."""
-    return "\n".join([BEGIN, "", *layers(short, folder), *([] if short else tiles(folder)), *steps(folder), END])
+    rest = [] if short else [*tiles(folder), *layers(short, folder, "the router's")]
+    return "\n".join([BEGIN, "", *layers(short, folder), *rest, *steps(folder), END])
 
 
 def page(text: str, table: str) -> str:
