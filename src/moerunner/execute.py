@@ -78,7 +78,9 @@ class Verbs:
         if shared is not None and self.spec.shared is not None:
             first = all(comm.coordinates[a] == 0 for a in shared.axes)
             product = linear_in_native_code if shared.few[0] else self._product
-            self._shared = SharedExperts(self.spec.shared, adds_bias=first or grad, product=product)
+            self._shared = SharedExperts(
+                self.spec.shared, adds_bias=first or grad, product=product, kernels=bool(shared.one_launch)
+            )
             self._shared_run = self._shared.addend if self._adds else self._shared
         self._joined = shared.joined if shared is not None else 0
         self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()

@@ -169,7 +169,7 @@ class _Builder:
             return "has no backward"
         if self.device == "cpu":
             return library.why_not()
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton():
             return "needs triton, which is not installed"
         if self.options.batch_invariant:
             return "is not batch invariant"
@@ -187,6 +187,8 @@ class _Builder:
         joined = self._joined() if added else 0
         if joined:
             held += f"; up to {joined} tokens in the launches of the router and of the routed experts"
+        triton = self.device == "cuda" and self.dtype != "float64" and not self.options.grad and _has_triton()
+        held += "; the activation in one launch" if triton else ""
         half = self.device == "cpu" and self.dtype in ("bfloat16", "float16")
         native = half and worthwhile() and not (self.options.grad or self.options.batch_invariant)
         return Step(
@@ -199,6 +201,7 @@ class _Builder:
             reason=held,
             side=0 if against else side,
             joined=joined,
+            one_launch="triton" if triton else "",
             refused=(("a side stream", against),) if against and self.device == "cuda" else (),
         )
 
@@ -209,7 +212,7 @@ class _Builder:
     def _joined(self) -> int:
         """Up to how many tokens the router's and the experts' launches hold the shared experts too."""
         gate = next((s for s in self.steps if s.verb == "gate"), None)
-        one_launch = any(s.one_launch == "triton" for s in self.steps)
+        one_launch = any(s.verb == "route" and s.one_launch == "triton" for s in self.steps)
         if gate is None or not one_launch or not self._of_tokens() or self.spec.shared is None or self.spec.shared.bias:
             return 0
         return min(gate.few[0], few_tokens(self.spec.top_k, self.meta["experts.0.w2"].shape[0]))
@@ -402,6 +405,10 @@ class _Builder:
             dtype=self.reduce_dtype,
             reason="the one reduction of routed and shared together" if self.spec.shared else "the one reduction",
         )
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _choose(request: Request, backend: str, plain: tuple[tuple[int, ...], ...]) -> tuple[Chosen, str]:

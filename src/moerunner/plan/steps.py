@@ -58,8 +58,8 @@ class Step:
     the launches of the router and of the experts.
     rounds: a kernel gives the tokens' dtype, as nothing computes with its sums.
     scatter: a reduction that leaves each rank its own rows. overlaps: runs while dispatched tokens travel.
-    one_launch: of a route, the kernels that do it from logits to weights at once. side: up to so many tokens, on a side stream
-    of the GPU.
+    one_launch: of a route, the kernels that do it from logits to weights at once; of a shared step, those of what stands beside
+    its products. side: up to so many tokens, on a side stream of the GPU.
     """
 
     verb: str
