@@ -7,7 +7,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 from test_one_launch import RULES, assert_same, draw_inputs, layer
 
-from moerunner import LayerWeights, MoERunner, Options, SharedSpec
+from moerunner import LayerWeights, MoERunner, Options, RoutingSpec, SharedSpec
 from moerunner.execute import Verbs
 from moerunner.experts.registry import get
 from moerunner.kernels import beside
@@ -15,6 +15,7 @@ from moerunner.kernels import shared as shared_kernels
 from moerunner.kernels.beside import route_beside, triton_route_beside
 from moerunner.kernels.route import route
 from moerunner.ops.reference import gated_activation, reference, reference_route
+from moerunner.ops.route import gate_logits
 from moerunner.ops.route import route as plain
 from moerunner.parallel.layout import Layout
 from moerunner.plan import resolve
@@ -143,6 +144,27 @@ def test_opcheck(device):
     torch.library.opcheck(triton_route_beside, (x, *own, x, gate, *[None] * 7, *rule))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_many_tokens_are_those_of_a_float32_product(dtype, bias):
+    """By the matrix unit, which rounds nothing to 16 bits; where a gradient is wanted, by PyTorch's product in float32."""
+    x, gate = draw("cuda", 300, 7168, dtype=dtype), draw("cuda", 256, 7168, dtype=dtype) * 0.02
+    b = draw("cuda", 256, dtype=dtype) if bias else None
+    exact = F.linear(x.double(), gate.double(), None if b is None else b.double())
+    plain = F.linear(x.float(), gate.float(), None if b is None else b.float())
+    with torch.no_grad():
+        logits = gate_logits(x, gate, b, RoutingSpec())
+    assert logits.dtype == torch.float32
+    error, yardstick = ((y.double() - exact).abs().max() / exact.abs().max() for y in (logits, plain))
+    assert error <= 2 * yardstick + 1e-6
+    gate.requires_grad_()
+    trained = gate_logits(x, gate, b, RoutingSpec())
+    assert torch.equal(trained, plain)
+    assert trained.requires_grad
+
+
 # ---- the layer
 
 
@@ -196,6 +218,7 @@ def test_what_the_caller_routes_is_not_routed_again(device):
         ({"shared": SharedSpec(width=8, bias=True)}, {}, 0),
         ({"shared": SharedSpec(width=8, gate="router"), "score": "sigmoid", "apply_routed_scale_to_output": False}, {}, 0),
         ({"experts": 1024, "top_k": 1}, {}, 16),  # no more than the gate's kernel takes
+        ({"experts": 1024, "top_k": 1}, {"dtype": "bfloat16"}, 4),
         ({"experts": 8}, {}, 1),
         ({}, {"batch_invariant": True}, 0),
         ({"experts": 2000}, {}, 0),  # too many for the router's one launch

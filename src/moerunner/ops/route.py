@@ -24,12 +24,28 @@ def gate_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     """The gate's product, [T, num_logits] in float32 (float64 for float64 tokens), or in the tokens' if the model has it so."""
     if routing.logits_dtype == "model":
         return product(x_TH, weight, bias)
+    if not torch.is_autocast_enabled(x_TH.device.type):
+        return _wide_logits(x_TH, weight, bias, product)
+    with torch.autocast(x_TH.device.type, enabled=False):  # which expert wins must not depend on the caller's autocast
+        return _wide_logits(x_TH, weight, bias, product)
+
+
+def _wide_logits(x_TH: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    if product is linear and _sums_are_wide(x_TH, weight, bias):
+        z = torch.mm(x_TH, weight.T, out_dtype=torch.float32)
+        return z if bias is None else z + bias.float()
     x = wide(x_TH)
-    w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if not torch.is_autocast_enabled(x.device.type):
-        return product(x, w, b)
-    with torch.autocast(x.device.type, enabled=False):  # which expert wins must not depend on the caller's autocast
-        return product(x, w, b)
+    return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _sums_are_wide(x_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the matrix unit gives what a product in float32 would: it multiplies 16-bit numbers exactly, and sums in float32.
+
+    PyTorch has it on GPUs, without a backward.
+    """
+    half = x_TH.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x_TH.dtype
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TH, weight, bias))
+    return x_TH.is_cuda and half and not wanted
 
 
 def stable_topk(key_TE: Tensor, k: int) -> Tensor:
