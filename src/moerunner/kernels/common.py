@@ -48,6 +48,15 @@ def lead(PDL: tl.constexpr):
 
 
 @triton.jit
+def in_eights(row, EIGHTS: tl.constexpr):
+    """Rows of a weight, which lie side by side in eights if EIGHTS: what masks did to them, the compiler cannot see through."""
+    if EIGHTS:
+        return tl.max_contiguous(tl.multiple_of(row, 8), 8)
+    else:
+        return row
+
+
+@triton.jit
 def prefetch(pointer):
     """Has the L2 cache fetch the 128 bytes around each pointer; nothing waits for them."""
     tl.inline_asm_elementwise(

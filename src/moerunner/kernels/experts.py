@@ -126,12 +126,15 @@ def run(
 def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, beside, tiles: Few) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     h_SI = x.new_empty(tokens * k, inter)
+    turned, down_turned = _turned(w13, inter if layout == 0 else 1), _turned(w2)
+    if turned or down_turned:
+        tiles = tile_choice.few_turned(tiles, up=turned, down=down_turned)
     up, dn = tiles.up, tiles.down
     ahead = power_of_2(blocks(inter * w2.element_size(), 128)) if tiles.prefetch and w2.stride(2) == 1 else 0
     launch(
         few_gate_up, (blocks(inter, up.block_n), tokens * k),
         x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
-        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
+        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k, turned,
         device=x.device, warps=up.warps,
     )  # fmt: skip
     out = _empty_output(x, ids, w2, output)
@@ -140,7 +143,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         launch(
             few_down_each, (blocks(hidden, each.block_n), tokens),
             h_SI, ids, w2, b2, weights, *beside, out, experts, hidden, inter, width, scale,
-            *_strides((w2, 3), (b2, 2), (beside[1], 2)), not input_weighting, k, each.block_n, each.block_k,
+            *_strides((w2, 3), (b2, 2), (beside[1], 2)), not input_weighting, k, each.block_n, each.block_k, down_turned,
             device=x.device, warps=each.warps,
         )  # fmt: skip
         return out
@@ -148,7 +151,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         few_down, (blocks(hidden, dn.block_n), tokens),
         h_SI, ids, w2, b2, weights, *beside, out, k, experts, hidden, inter, width, scale,
         *_strides((w2, 3), (b2, 2), (beside[1], 2)), output != ROWS and not input_weighting, output != ROWS,
-        power_of_2(k), dn.block_n, dn.block_k, ahead,
+        power_of_2(k), dn.block_n, dn.block_k, ahead, down_turned,
         device=x.device, warps=dn.warps,
     )  # fmt: skip
     return out
@@ -200,21 +203,22 @@ def _tiled(
     precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     count = order.tiles_4N.shape[1]
     gated, interleaved = layout != 2, layout == 1
-    up_tma, down_tma = up.tma and _describable(w13), dn.tma and _describable(w2)
-    paired = interleaved or (w13.stride(2) == 1 and not up_tma)
+    turned, down_turned = _turned(w13, inter if gated else 1), _turned(w2)
+    up_tma, down_tma = up.tma and _describable(w13, turned), dn.tma and _describable(w2, down_turned)
+    paired = interleaved or (not turned and w13.stride(2) == 1 and not up_tma)
     launch(
         gate_up, (count * blocks(inter, up.block_n // 2 if gated else up.block_n),),
-        x, _described(w13, up, halves=gated and not paired) if up_tma else w13,
+        x, _described(w13, up, turned, halves=gated and not paired) if up_tma else w13,
         b13, weights, order.slot_R, order.tiles_4N, h_RI, k, hidden, inter, count,
         *_strides((x, 2), (w13, 3), (b13, 2)), input_weighting, gated, interleaved, paired,
-        *activation, precision, block_m, up.block_n, up.block_k, hidden % up.block_k == 0, up_tma,
+        *activation, precision, block_m, up.block_n, up.block_k, hidden % up.block_k == 0, up_tma, turned,
         device=x.device, warps=up.warps, stages=up.stages,
     )  # fmt: skip
     launch(
         down, (count * blocks(hidden, dn.block_n),),
-        h_RI, _described(w2, dn) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH, hidden, inter, count,
-        *_strides((w2, 3), (b2, 2)), weighted, precision,
-        block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma,
+        h_RI, _described(w2, dn, down_turned) if down_tma else w2, b2, weights, order.slot_R, order.tiles_4N, y_SH,
+        hidden, inter, count, *_strides((w2, 3), (b2, 2)), weighted, precision,
+        block_m, dn.block_n, dn.block_k, inter % dn.block_k == 0, down_tma, down_turned,
         device=x.device, warps=dn.warps, stages=dn.stages,
     )  # fmt: skip
 
@@ -245,16 +249,37 @@ def _specialisable(x: Tensor, w13: Tensor, w2: Tensor, tiles: Specialised | Tran
     return whole and rows and not hopper.why_not(x.device) and _describable(w13) and _describable(w2)
 
 
-def _describable(w: Tensor) -> bool:
-    """Whether TMA can read an [E, rows, columns] weight as one matrix: 16-byte aligned rows, experts one after the other."""
+def _turned(w: Tensor, part: int = 1) -> bool:
+    """Whether an [E, rows, columns] weight lies as [E, columns, rows], as some checkpoints have it. part: rows of a half."""
+    eights = w.shape[1] % 8 == 0 and (part == 1 or part % 8 == 0) and all(n % 8 == 0 for n in (w.stride(0), w.stride(2)))
+    return w.stride(1) == 1 and w.stride(2) != 1 and eights and w.data_ptr() % 16 == 0
+
+
+def _describable(w: Tensor, turned: bool = False) -> bool:
+    """Whether TMA can read an [E, rows, columns] weight as one matrix: 16-byte aligned rows, experts one after the other.
+
+    turned: or each expert's as it lies, see `_turned`.
+    """
+    if turned:
+        return has_tma(w.device)
     aligned = w.data_ptr() % 16 == 0 and w.stride(1) * w.element_size() % 16 == 0
     return aligned and w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) and has_tma(w.device)
 
 
-def _described(w: Tensor, product: Product, *, halves: bool = False) -> TensorDescriptor:
-    """A descriptor of [E * rows, columns]; halves: of [2E, rows / 2, columns], in boxes of both halves of one expert."""
+def _described(w: Tensor, product: Product, turned: bool, *, halves: bool = False) -> TensorDescriptor:
+    """A descriptor of [E * rows, columns]; halves: of [2E, rows / 2, columns], in boxes of both halves of one expert.
+
+    turned: of [E, columns, rows] and of [E, columns, 2, rows / 2].
+    """
     experts, rows, columns = w.shape
     step = w.stride(1)
+    if turned:
+        first, block_n = [w.stride(0), w.stride(2)], product.block_n
+        if halves:
+            shape, strides, box = [columns, 2, rows // 2], [*first, rows // 2, 1], [2, block_n // 2]
+        else:
+            shape, strides, box = [columns, rows], [*first, 1], [block_n]
+        return TensorDescriptor(w, [experts, *shape], strides, [1, product.block_k, *box])
     if halves:
         shape, strides, box = [2 * experts, rows // 2, columns], [rows // 2 * step, step, 1], [2, product.block_n // 2]
     else:

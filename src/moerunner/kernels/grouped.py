@@ -14,7 +14,7 @@ import triton.language as tl
 
 from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.addend import addend
-from moerunner.kernels.common import follow
+from moerunner.kernels.common import follow, in_eights
 
 _HALVED = tl.constexpr(128)
 """A tile of so many rows of which an expert fills at most half is multiplied as half a tile; wgmma takes no fewer than 64."""
@@ -44,6 +44,7 @@ def _gate_up_tile(
     PAIRED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     CLAMP_AFTER: tl.constexpr, GATE_SOFTCAP: tl.constexpr, UP_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     row = start_row + tl.arange(0, BLOCK_M)
@@ -66,7 +67,7 @@ def _gate_up_tile(
         column = n * BLOCK_N + j
         w_row = column
     inside = column < inter
-    w_row = tl.where(inside, w_row, 0)
+    w_row = in_eights(tl.where(inside, w_row, 0), TRANSPOSED)
 
     k = tl.arange(0, BLOCK_K)
     x_ptr = x_TH + (slot // K).to(tl.int64)[:, None] * stride_xt + k[None, :] * stride_xh
@@ -80,7 +81,12 @@ def _gate_up_tile(
         else:
             a = tl.load(x_ptr, mask=live[:, None] & rest[None, :], other=0.0)
         x_ptr += BLOCK_K * stride_xh
-        if TMA:
+        if TMA and TRANSPOSED:
+            if GATED and not PAIRED:
+                b = tl.reshape(w13.load([expert, start, 0, n * WIDTH]), [BLOCK_K, BLOCK_N])
+            else:
+                b = tl.reshape(w13.load([expert, start, n * BLOCK_N]), [BLOCK_K, BLOCK_N])
+        elif TMA:
             if GATED and not PAIRED:
                 b = tl.reshape(w13.load([2 * expert, n * WIDTH, start]), [BLOCK_N, BLOCK_K]).T
             else:
@@ -144,6 +150,7 @@ def gate_up(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
     TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h[r] = act(x[token of r] w13[e]^T + b13[e]) for one tile of BLOCK_M rows and BLOCK_N rows of w13.
@@ -151,6 +158,7 @@ def gate_up(
     PAIRED: gate and up columns alternate in the product, else they are its two halves. Either way both belong to the same
     columns of h; which of the two reads memory in long runs depends on the strides. WHOLE: BLOCK_K divides H.
     TMA: w13 is a tensor descriptor: of [E * 2I, H] when PAIRED or ungated, else of [2E, I, H] in boxes of both halves.
+    TRANSPOSED: w13 lies as [E, H, 2I], of which it is a descriptor; in boxes of both halves of [E, H, 2, I].
     """
     follow(PDL)
     expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(inter, BLOCK_N // 2 if GATED else BLOCK_N), BLOCK_M)
@@ -161,12 +169,13 @@ def gate_up(
             expert, start_row, end_row, n, x_TH, w13, b13, weights_S, slot_R, h_RI, K, hidden, inter, stride_xt, stride_xh,
             stride_we, stride_wn, stride_wh, stride_be, stride_bn, INPUT_WEIGHTING, GATED, INTERLEAVED, PAIRED, KIND, ALPHA,
             BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, WHOLE, TMA,
+            TRANSPOSED,
         )  # fmt: skip
     else:
         _gate_up_tile(
             expert, start_row, end_row, n, x_TH, w13, b13, weights_S, slot_R, h_RI, K, hidden, inter, stride_xt, stride_xh,
             stride_we, stride_wn, stride_wh, stride_be, stride_bn, INPUT_WEIGHTING, GATED, INTERLEAVED, PAIRED, KIND, ALPHA,
-            BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA,
+            BETA, LIMIT, CLAMP_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA, TRANSPOSED,
         )  # fmt: skip
 
 
@@ -174,14 +183,14 @@ def gate_up(
 def _down_tile(
     expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh, stride_wi,
     stride_be, stride_bh, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     row = start_row + tl.arange(0, BLOCK_M)
     live = row < end_row
     slot = tl.load(slot_R + row, mask=live, other=0)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < hidden
-    w_row = tl.where(inside, column, 0)
+    w_row = in_eights(tl.where(inside, column, 0), TRANSPOSED)
 
     k = tl.arange(0, BLOCK_K)
     h_ptr = h_RI + row.to(tl.int64)[:, None] * inter + k[None, :]
@@ -195,7 +204,9 @@ def _down_tile(
         else:
             a = tl.load(h_ptr, mask=live[:, None] & rest[None, :], other=0.0)
         h_ptr += BLOCK_K
-        if TMA:
+        if TMA and TRANSPOSED:
+            b = tl.reshape(w2.load([expert, start, n * BLOCK_N]), [BLOCK_K, BLOCK_N])
+        elif TMA:
             b = w2.load([expert * hidden + n * BLOCK_N, start]).T
         else:
             b = tl.load(w_ptr) if WHOLE else tl.load(w_ptr, mask=rest[:, None], other=0.0)
@@ -234,11 +245,12 @@ def down(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
     TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y[slot of r] = (h[r] w2[e]^T + b2[e]) * weight, for one tile of BLOCK_M rows and BLOCK_N of H.
 
-    WHOLE: BLOCK_K divides I. TMA: w2 is a tensor descriptor of [E * H, I].
+    WHOLE: BLOCK_K divides I. TMA: w2 is a tensor descriptor of [E * H, I]; TRANSPOSED: of [E, I, H], as it lies.
     """
     follow(PDL)
     expert, start_row, end_row, n = _tile(tiles_4N, N, tl.cdiv(hidden, BLOCK_N), BLOCK_M)
@@ -247,12 +259,12 @@ def down(
     if BLOCK_M == _HALVED and end_row - start_row <= BLOCK_M // 2:
         _down_tile(
             expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh,
-            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, WHOLE, TMA,
+            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, WHOLE, TMA, TRANSPOSED,
         )  # fmt: skip
     else:
         _down_tile(
             expert, start_row, end_row, n, h_RI, w2, b2, weights_S, slot_R, y_SH, hidden, inter, stride_we, stride_wh,
-            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA,
+            stride_wi, stride_be, stride_bh, WEIGHTED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, TMA, TRANSPOSED,
         )  # fmt: skip
 
 

@@ -179,5 +179,14 @@ def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
     return Few(Product(2, min(up_k, _power_of_2(hidden)), up_warps, 1), Product(block_n, block_k, 4, 1), each=each)
 
 
+def few_turned(tiles: Few, *, up: bool, down: bool) -> Few:
+    """The same for weights that lie transposed: programs read runs of rows, which lie side by side there."""
+    if up:
+        tiles = dataclasses.replace(tiles, up=Product(32, 128, 4, 1))
+    if down:
+        tiles = dataclasses.replace(tiles, down=Product(16, 32, 4, 1), each=Product(16, 256, 4, 1), prefetch=False)
+    return tiles
+
+
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
