@@ -112,6 +112,8 @@ def run(
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
         tiles = tables.choose(tokens, k, experts, hidden, inter, gated=layout != 2, dtype=x_TH.dtype, device=x_TH.device)
+        if isinstance(tiles, Few) and (_turned(w13) or _turned(w2)):
+            tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size(), rows=False)
     if isinstance(tiles, Specialised | Transposed) and not _specialisable(x_TH, w13, w2, tiles):
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
@@ -126,15 +128,12 @@ def run(
 def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, beside, tiles: Few) -> Tensor:
     (tokens, k), (experts, hidden, inter) = ids.shape, w2.shape
     h_SI = x.new_empty(tokens * k, inter)
-    turned, down_turned = _turned(w13, inter if layout == 0 else 1), _turned(w2)
-    if turned or down_turned:
-        tiles = tile_choice.few_turned(tiles, up=turned, down=down_turned)
     up, dn = tiles.up, tiles.down
     ahead = power_of_2(blocks(inter * w2.element_size(), 128)) if tiles.prefetch and w2.stride(2) == 1 else 0
     launch(
         few_gate_up, (blocks(inter, up.block_n), tokens * k),
         x, ids, w13, b13, weights, h_SI, k, experts, hidden, inter, *_strides((x, 2), (w13, 3), (b13, 2)),
-        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k, turned,
+        input_weighting, layout != 2, layout == 1, *activation, up.block_n, up.block_k,
         device=x.device, warps=up.warps,
     )  # fmt: skip
     out = _empty_output(x, ids, w2, output)
@@ -143,7 +142,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         launch(
             few_down_each, (blocks(hidden, each.block_n), tokens),
             h_SI, ids, w2, b2, weights, *beside, out, experts, hidden, inter, width, scale,
-            *_strides((w2, 3), (b2, 2), (beside[1], 2)), not input_weighting, k, each.block_n, each.block_k, down_turned,
+            *_strides((w2, 3), (b2, 2), (beside[1], 2)), not input_weighting, k, each.block_n, each.block_k,
             device=x.device, warps=each.warps,
         )  # fmt: skip
         return out
@@ -151,7 +150,7 @@ def _few(x, ids, weights, w13, w2, b13, b2, layout, activation, input_weighting,
         few_down, (blocks(hidden, dn.block_n), tokens),
         h_SI, ids, w2, b2, weights, *beside, out, k, experts, hidden, inter, width, scale,
         *_strides((w2, 3), (b2, 2), (beside[1], 2)), output != ROWS and not input_weighting, output != ROWS,
-        power_of_2(k), dn.block_n, dn.block_k, ahead, down_turned,
+        power_of_2(k), dn.block_n, dn.block_k, ahead,
         device=x.device, warps=dn.warps,
     )  # fmt: skip
     return out

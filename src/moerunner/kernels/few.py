@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.addend import addend
-from moerunner.kernels.common import in_eights, lead, prefetch
+from moerunner.kernels.common import lead, prefetch
 
 
 @triton.jit
@@ -71,10 +71,9 @@ def few_gate_up(
     UP_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N columns of h[s] = act(x[token of s] w13[e]^T + b13[e]). TRANSPOSED: w13 lies as [E, H, 2I]."""
+    """BLOCK_N columns of h[s] = act(x[token of s] w13[e]^T + b13[e])."""
     lead(PDL)
     slot = tl.program_id(1)
     expert = tl.load(ids_S + slot).to(tl.int64)
@@ -89,15 +88,9 @@ def few_gate_up(
         g_row, u_row = safe, safe
     w13 += expert * stride_we
     x_TH += (slot // K).to(tl.int64) * stride_xt
-    if TRANSPOSED and GATED and INTERLEAVED:
-        row = tl.program_id(0) * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-        w_ptr = w13 + in_eights(tl.where(row < 2 * inter, row, 0), True).to(tl.int64) * stride_wn
-        both, _ = two_products(x_TH, w_ptr, w_ptr, hidden, stride_xh, stride_wh, stride_wh, False, 2 * BLOCK_N, BLOCK_K)
-        g_N, u_N = tl.split(tl.reshape(both, [BLOCK_N, 2]))
-    else:
-        g_ptr = w13 + in_eights(g_row, TRANSPOSED) * stride_wn
-        u_ptr = w13 + in_eights(u_row, TRANSPOSED) * stride_wn
-        g_N, u_N = two_products(x_TH, g_ptr, u_ptr, hidden, stride_xh, stride_wh, stride_wh, GATED, BLOCK_N, BLOCK_K)
+    g_N, u_N = two_products(
+        x_TH, w13 + g_row * stride_wn, w13 + u_row * stride_wn, hidden, stride_xh, stride_wh, stride_wh, GATED, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     if INPUT_WEIGHTING:
         weight = tl.load(weights_S + slot)
         g_N, u_N = g_N * weight, u_N * weight
@@ -141,7 +134,6 @@ def few_down(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_N features of a token: its K experts at once, one product per slot, then their weighted sum (or the K rows).
@@ -159,7 +151,7 @@ def few_down(
     taken = (expert >= 0) & (expert < E)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < hidden
-    w_row = in_eights(tl.where(inside, column, 0), TRANSPOSED).to(tl.int64)
+    w_row = tl.where(inside, column, 0).to(tl.int64)
     w_ptr = w2 + tl.where(taken, expert, 0)[:, None] * stride_we + w_row[None, :] * stride_wh
     if shared is not None:
         more = addend(
@@ -221,7 +213,6 @@ def few_down_each(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_N features of a token, [T, H]: the weighted products of its K experts in one sum, which is reduced once.
@@ -233,7 +224,7 @@ def few_down_each(
     token = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < hidden
-    w_row = in_eights(tl.where(inside, column, 0), TRANSPOSED).to(tl.int64)
+    w_row = tl.where(inside, column, 0).to(tl.int64)
     if shared is not None:
         more = addend(
             shared, shared_down, share_T, token, column, inside, shared_width, stride_sh, stride_ss, BLOCK_N, BLOCK_K

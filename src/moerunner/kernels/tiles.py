@@ -92,24 +92,35 @@ def few_tokens(top_k: int, experts: int) -> int:
 
 
 def choose(
-    tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, itemsize: int, specialised: bool = False
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    inter: int,
+    *,
+    itemsize: int,
+    specialised: bool = False,
+    rows: bool = True,
 ) -> Tiles:
-    """The tiles for `tokens` tokens that choose `top_k` of `experts`, spread evenly. specialised: `hopper.py` can run here."""
+    """The tiles for `tokens` tokens that choose `top_k` of `experts`, spread evenly.
+
+    specialised: `hopper.py` can run here. rows: of the weights lie in one piece each, which is how `few.py` reads them.
+    """
     slots = tokens * top_k
-    if tokens <= few_tokens(top_k, experts):
+    if rows and tokens <= few_tokens(top_k, experts):
         return few(tokens, top_k, hidden, inter)
-    rows = slots / min(experts, slots)
+    each = slots / min(experts, slots)
     if itemsize == 4:
         product = Product(64, 32, 4, 3)
-        return Grouped(16 if rows <= 16 else 64, product, product)
-    if specialised and 96 < rows <= 144:  # one such tile holds them, two of 128 rows would be half empty
+        return Grouped(16 if each <= 16 else 64, product, product)
+    if specialised and 96 < each <= 144:  # one such tile holds them, two of 128 rows would be half empty
         return Transposed()
-    if specialised and rows > 144:
+    if specialised and each > 144:
         # Where experts are wide, tokens copied into expert order cost less than to gather them for each of their columns.
-        return Specialised(192 if rows <= 192 else 128, copied=inter >= 2560)
-    if rows <= 10:
+        return Specialised(192 if each <= 192 else 128, copied=inter >= 2560)
+    if each <= 10:
         return dataclasses.replace(_HALF[0], down=_HALF[0].up) if inter >= 2048 else _HALF[0]
-    return _HALF[1] if rows <= 20 else _HALF[2] if rows <= 48 else _HALF[3]
+    return _HALF[1] if each <= 20 else _HALF[2] if each <= 48 else _HALF[3]
 
 
 def invariant(itemsize: int) -> Grouped:
@@ -177,15 +188,6 @@ def few(tokens: int, top_k: int, hidden: int, inter: int) -> Few:
         each_k = 512 if top_k <= 6 else 256 if top_k <= 12 else 128  # as much as its one warp has registers for
         each = Product(1, min(each_k, _power_of_2(inter)), 1, 1)
     return Few(Product(2, min(up_k, _power_of_2(hidden)), up_warps, 1), Product(block_n, block_k, 4, 1), each=each)
-
-
-def few_turned(tiles: Few, *, up: bool, down: bool) -> Few:
-    """The same for weights that lie transposed: programs read runs of rows, which lie side by side there."""
-    if up:
-        tiles = dataclasses.replace(tiles, up=Product(32, 128, 4, 1))
-    if down:
-        tiles = dataclasses.replace(tiles, down=Product(16, 32, 4, 1), each=Product(16, 256, 4, 1), prefetch=False)
-    return tiles
 
 
 def _power_of_2(n: int) -> int:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from functools import partial
 
 from moerunner import quant
 from moerunner.errors import PlanError, UnsupportedError, WeightsError
 from moerunner.experts.base import BackendInfo, Request
-from moerunner.experts.registry import Chosen, choose
-from moerunner.kernels.cpu import library
 from moerunner.kernels.cpu.linear import AT_ONCE, worthwhile
 from moerunner.kernels.tiles import few_tokens
 from moerunner.parallel import allgather, alltoall, deepep, local
 from moerunner.parallel.layout import Layout
 from moerunner.parallel.pairs import PairInfo
+from moerunner.plan.kernels import ONE_LAUNCH, against_one_launch, choose_experts, has_triton
 from moerunner.plan.options import Options
 from moerunner.plan.plan import Plan
 from moerunner.plan.steps import Step, flow, start_states
@@ -52,9 +50,6 @@ def resolve(
     dtype = options.dtype or w2.dtype
     return _Builder(spec, layout, dict(weights_meta), str(device).split(":")[0], dtype, options).plan()
 
-
-_ONE_LAUNCH = {"cuda": "triton", "cpu": "cpu"}
-"""By device, the kernels that route in one launch."""
 
 _FEW_GATE_TOKENS = 16
 """Up to this many tokens the gate's product is a kernel of ours too, which reads its weight as it is stored."""
@@ -143,7 +138,7 @@ class _Builder:
 
     def _route(self) -> None:
         r, spec = self.spec.routing, self.spec
-        against, kernels = self._against_one_launch(), _ONE_LAUNCH.get(self.device, "")
+        against, kernels = against_one_launch(self.spec, self.device, self.dtype, self.options), ONE_LAUNCH.get(self.device, "")
         if r.score != "external" and r.simulate is None:
             rounds = r.logits_dtype == "float32" or kernels == "triton"
             plain = against or not rounds or self.options.batch_invariant
@@ -161,23 +156,6 @@ class _Builder:
         one_launch = "" if against else kernels
         self.add("route", value="topk", kernel=kernel, scales=in_weights, reason=reason, refused=refused, one_launch=one_launch)
 
-    def _against_one_launch(self) -> str:
-        """Why no kernel of this device can route this layer in one launch; empty when one does."""
-        experts, k = self.spec.num_experts + self.spec.zero_experts, self.spec.top_k
-        if self.device not in _ONE_LAUNCH:
-            return f"runs on {' and '.join(_ONE_LAUNCH)}, not on {self.device}"
-        if self.dtype == "float64":
-            return "computes in float32, the tokens are float64"
-        if self.options.grad:
-            return "has no backward"
-        if self.device == "cpu":
-            return library.why_not()
-        if not _has_triton():
-            return "needs triton, which is not installed"
-        if self.options.batch_invariant:
-            return "is not batch invariant"
-        return f"holds 1024 experts of which 32 are chosen, not {k} of {experts}" if experts > 1024 or k > 32 else ""
-
     def _shared(self, pair: PairInfo, *, added: bool = False) -> Step:
         """added: by the experts' kernel, so that they are computed before it starts."""
         axes = self.layout.split_axes if self.layout.shards_shared else ()
@@ -190,7 +168,7 @@ class _Builder:
         joined = self._joined() if added else 0
         if joined:
             held += f"; up to {joined} tokens in the launches of the router and of the routed experts"
-        triton = self.device == "cuda" and self.dtype != "float64" and not self.options.grad and _has_triton()
+        triton = self.device == "cuda" and self.dtype != "float64" and not self.options.grad and has_triton()
         held += "; the activation in one launch" if triton else ""
         half = self.device == "cpu" and self.dtype in ("bfloat16", "float16")
         native = half and worthwhile() and not (self.options.grad or self.options.batch_invariant)
@@ -310,7 +288,7 @@ class _Builder:
         )
         widths = [-(-width // self.layout.tp) for width in spec.expert_widths]
         plain = [shape for width in widths for shape in ((1, spec.routed_hidden_size), (1, width))]
-        chosen, dequantises = _choose(request, self.options.backend, tuple(plain))
+        chosen, dequantises = choose_experts(request, self.options.backend, tuple(plain))
         info = chosen.backend.INFO
         axes = tuple(a for a in self.layout.split_axes if not (pair.name == "alltoall" and a == "ep"))
         kernels = [info] if chosen.few is None else [info, chosen.few[1].INFO]
@@ -408,19 +386,3 @@ class _Builder:
             dtype=self.reduce_dtype,
             reason="the one reduction of routed and shared together" if self.spec.shared else "the one reduction",
         )
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _choose(request: Request, backend: str, plain: tuple[tuple[int, ...], ...]) -> tuple[Chosen, str]:
-    """A backend that reads the format as it is; else one for the plain weights that the format gives, slow and right."""
-    if request.format == quant.PLAIN:
-        return choose(request, backend), ""
-    quant.get(request.format)
-    try:
-        return choose(request, backend), ""
-    except UnsupportedError:
-        rows = tuple((shape[-1], 1) for shape in plain)
-        return choose(dataclasses.replace(request, format=quant.PLAIN, shapes=plain, strides=rows), backend), request.format
