@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from cases import TILES, case, error
 
 from moerunner.experts import triton as backend
+from moerunner.kernels import experts
 from moerunner.kernels.experts import FINAL, triton_experts
 from moerunner.kernels.tiles import Grouped
 from moerunner.spec import ActivationSpec
@@ -56,6 +57,23 @@ def test_ungated(device, path, name):
 @pytest.mark.parametrize("gate_up", ["concat", "interleaved"])
 def test_layouts_and_strides(device, path, gate_up, transposed):
     _check(case(device, tokens=4, gate_up=gate_up, transposed=transposed, bias=True), path)
+
+
+@pytest.mark.parametrize("gate_up", ["concat", "interleaved", "none"])
+@pytest.mark.parametrize("path", ["grouped", "tma"])
+def test_weights_that_lie_transposed_are_read_as_they_lie(device, path, gate_up, monkeypatch):
+    """In runs of eight rows; where rows are no multiple of that, one by one. One token too takes such a path."""
+    read, described = [], experts._described
+    monkeypatch.setattr(
+        experts, "_described", lambda w, product, turned, **how: (read.append(turned), described(w, product, turned, **how))[1]
+    )
+    _check(case(device, tokens=4, gate_up=gate_up, transposed=True, bias=True), path)
+    assert read == [True, True] * (path == "tma")
+    for hidden, inter in ((72, 36), (70, 40)):
+        _check(case(device, tokens=4, gate_up=gate_up, transposed=True, hidden=hidden, inter=inter), path)
+    monkeypatch.setattr(experts, "_few", None)
+    c = case(device, tokens=1, gate_up=gate_up, transposed=True, skip=False)
+    assert error(c.kernel(), c.exact()) <= c.bound()
 
 
 @pytest.mark.rotating(3)
