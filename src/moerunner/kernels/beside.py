@@ -86,10 +86,11 @@ _WARPS, _COLUMNS, _FEATURES = 4, 2, 2048
 """Warps, columns and features that a program of shared experts takes at once, as measured on an H200."""
 
 
+_ROUTE = torch.library.infer_schema(routed, mutates_args=())[1:].replace("=False", "")  # what has a default is not passed on
 _SCHEMA = (
     "(Tensor shared_x, Tensor gate_proj, Tensor? up_proj, Tensor? shared_gate, int kind, float alpha, float beta, "
     "float? limit, bool clamp_after, float? gate_softcap, float? up_softcap, "
-    + torch.library.infer_schema(routed, mutates_args=())[1:].replace(") -> (", ") -> (Tensor, Tensor, ")
+    + _ROUTE.replace(") -> (", ") -> (Tensor, Tensor, ")
 )
 
 

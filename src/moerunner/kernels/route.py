@@ -319,7 +319,7 @@ def routed(
     jitter: float,
     modalities: int,
     factor: float,
-    rounded: bool,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids [T, K] int64, weights [T, K] and weights of shared experts [T, S], both float32.
 

@@ -22,7 +22,7 @@ _SCHEMA = (
     "Tensor? global_scale, Tensor? hash_table, Tensor? input_ids, Tensor? token_types, int experts, int top_k, int score, "
     "bool by_logit, float logit_scale, float? logit_softcap, int groups, int kept, bool best_two, float fill, "
     "int renormalise, float eps, float p, float jitter, int modalities, float factor, "
-    "bool rounded) -> (Tensor, Tensor, Tensor)"
+    "bool rounded=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -53,7 +53,7 @@ def run(
     jitter: float,
     modalities: int,
     factor: float,
-    rounded: bool,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cpu_route` by the path of this name; arguments and results are those of `kernels.route.triton_route`.
 
