@@ -438,7 +438,9 @@ def _plan(device="cuda", spec=RULES["sigmoid"], **options):
 def test_a_plan_routes_in_one_launch_on_a_gpu():
     step, gate = _plan().step("route"), _plan().step("gate")
     assert gate.few == (16, "triton")
-    assert _plan(spec=layer(logits_dtype="model")).step("gate").few == (0, "")
+    assert _plan(dtype="bfloat16").step("gate").few == (4, "triton")
+    rounded = layer(logits_dtype="model")
+    assert (_plan(spec=rounded).step("gate").few, _plan("cpu", rounded).step("gate").few) == ((16, "triton"), (0, ""))
     assert (step.one_launch, step.name) == ("triton", "route (sigmoid in one launch)")
     assert "not sigmoid: one launch is preferred on cuda" in _plan().explain()
 
