@@ -82,8 +82,10 @@ class Verbs:
             self._shared = SharedExperts(
                 self.spec.shared, adds_bias=first or grad, product=product, kernels=bool(shared.one_launch)
             )
-            self._shared_run = self._shared.addend if self._adds else self._shared
+            added = self._shared.addend
+            self._shared_run = (lambda x_TH, tensors, _: added(x_TH, tensors)) if self._adds else self._shared
         self._joined = shared.joined if shared is not None else 0
+        self._rule_beside = _rule_beside() if self._joined else None
         self._side_tokens, self._side = (shared.side if shared is not None else 0), SideStream()
         self._zero_factor = None
         if zero is not None:
@@ -169,7 +171,7 @@ class Verbs:
         self, x_TH: Tensor, w: LayerWeights, *, alone: bool = False, topk: TopK | None = None, **inputs: Any
     ) -> tuple[TopK, Work[Any] | None]:
         """`route`, and the shared experts where the plan has them under way with or beside it, else None."""
-        if not self._adds or self._shared is None or self._shared.spec.gate == "router":
+        if not self._adds:
             return self.route(x_TH, w, topk=topk, **inputs), None
         if topk is None and 0 < x_TH.shape[0] <= self._joined:
             chosen, begun = self._routed(x_TH, w, self._shared, **inputs)
@@ -225,10 +227,10 @@ class Verbs:
             "scale": self._scales_weights,
             **product,
         }
-        if beside is None or not product:
+        if beside is None or self._rule_beside is None or not product:
             return (route if double else self._rule)(logits, spec, **given), None
         first = (*beside.projections(w.tensors), get("shared_gate"), beside.spec.activation)
-        topk, hidden, share = _rule_beside()(x_TH, *first, logits, spec, **given)
+        topk, hidden, share = self._rule_beside(x_TH, *first, logits, spec, **given)
         return topk, Addend(hidden, w.tensors["shared_w2"], share)
 
     def _brought(self, topk: TopK, tokens: int) -> TopK:

@@ -38,10 +38,8 @@ class SharedExperts:
             return torch.stack(parts).sum(0)
         return self.addend(x_TH, tensors).output()
 
-    def addend(self, x_TH: Tensor, tensors: Mapping[str, Tensor], shared_weights_TS: Tensor | None = None) -> Addend:
-        """The same, for a backend that adds it."""
-        if self.spec.gate == "router":
-            return Addend(self(x_TH, tensors, shared_weights_TS))
+    def addend(self, x_TH: Tensor, tensors: Mapping[str, Tensor]) -> Addend:
+        """The same, for a backend that adds it; of shared experts that the router does not weigh."""
         gate = tensors.get("shared_gate")
         return Addend(self._mlp(x_TH, tensors), share=None if gate is None else self._share(x_TH, gate))
 

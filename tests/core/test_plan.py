@@ -261,6 +261,16 @@ def test_a_kernel_that_can_adds_the_shared_experts(name: str, layout: str) -> No
         assert relative_error(y, reference(spec, weights, x)) <= 2e-6 if len(x) else y.shape == x.shape
 
 
+def test_shared_experts_that_are_trained_are_added_apart() -> None:
+    """They begin before the tokens are marked as the beginning of a sum over ranks, whose gradients are added up."""
+    with toy_backend(**ADDING, backward=True) as options:
+        for grad, added in ((False, True), (True, False)):
+            plan = plan_of(SPECS["shared"], LAYOUTS["tp2"], options.replace(grad=grad))
+            step = plan.step("experts")
+            assert step is not None
+            assert step.adds == added
+
+
 def test_any_slip_of_a_kernel_that_adds_is_refused_or_harmless() -> None:
     with toy_backend(**ADDING) as options:
         for name, layout in random.sample(list(ADDED), 3):

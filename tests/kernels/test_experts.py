@@ -137,6 +137,14 @@ def test_shared_experts_are_added_once_and_are_not_scaled(device, path, dtype, d
     assert torch.equal(c.kernel(TILES[path], FINAL, addend=addend), y.to(dtype))
 
 
+def test_shared_experts_in_another_dtype(device):
+    """Tiles whose kernels have no down product of theirs; tokens in half precision, a checkpoint's weight in float32."""
+    c = case(device, torch.bfloat16, tokens=3, skip=False)
+    rows, down, _ = draw_addend(c, down=True, share=False)
+    y = c.kernel(TILES["grouped"], addend=(rows, down.float(), None))
+    assert torch.equal(y, c.kernel(TILES["grouped"], addend=(rows, down, None)))
+
+
 @path
 def test_shared_experts_alone(device, path):
     """To the precision of their own product: what the routed experts would hide."""

@@ -116,8 +116,8 @@ class ExpertsCall:
 class Addend(NamedTuple):
     """What is added to the sum over a token's experts once that has been scaled: the output of its shared experts.
 
-    rows: [T, H]; with `down` [H, S] they are [T, S] still, and the output is rows down^T. share: [T] float32, what it is
-    multiplied by; None for 1.
+    rows: [T, H]; with `down` [H, S] they are [T, S] still, and the output is rows down^T. share: [T] float32 (float64 for
+    float64 tokens), what it is multiplied by; None for 1.
     """
 
     rows: Tensor
@@ -138,7 +138,7 @@ class Backend(Protocol):
     def run(self, x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
         """Runs the chosen experts. ids index `weights`, -1 is no expert; x is not written to.
 
-        A backend that declares `adds` takes an `Addend` or None as a fifth argument.
+        A backend that declares `adds` takes an `Addend` as an optional fifth argument.
         """
         ...
 

@@ -29,7 +29,8 @@ def follow(PDL: tl.constexpr):
     """First statement of a dependent kernel: lets the next one start, then waits for the results of the one before.
 
     With programmatic dependent launch a kernel's programs start while its predecessor still runs, which hides the launch.
-    Every kernel of a chain must call this, also those that read nothing of it: its successor relies on the order.
+    Some program of every kernel of a chain must wait, also if it reads nothing of the one before: its successor relies on the
+    order. Kernels that do some work before call the two by hand, or `lead`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -38,9 +39,10 @@ def follow(PDL: tl.constexpr):
 
 @triton.jit
 def lead(PDL: tl.constexpr):
-    """`follow` for a kernel whose successor reads, before it waits, what is older than this one: it starts once that is there.
+    """`follow` for a kernel whose successor reads, before it waits, what is older than this one.
 
-    What it reads so must come from the L2 cache (`.cg`): a multiprocessor's own cache may be older than the kernels before.
+    The successor may start once all before this kernel is over. What it reads early must come from the L2 cache (`.cg`): a
+    multiprocessor's own cache may be older than that.
     """
     if PDL:
         gdc_wait()
@@ -80,7 +82,7 @@ def launch(
     first: bool = False,
     exact: bool = False,
 ) -> None:
-    """Runs a kernel that takes `PDL` last and calls `follow` or `lead` first.
+    """Runs a kernel that takes `PDL` last and waits for its predecessor, see `follow`.
 
     first: it starts plainly, when all before it is over. exact: it rounds as PyTorch's elementwise kernels do, so no product is
     contracted into a sum and no tiny value becomes 0.

@@ -1,4 +1,4 @@
-"""The custom op `moerunner::triton_experts`: from tokens and top-k ids to weighted sums, in two to five launches.
+"""The custom op `moerunner::triton_experts`: from tokens and top-k ids to weighted sums, in two to six launches.
 
 Shape suffixes: T tokens, K chosen experts, E experts, H hidden, I intermediate.
 """
@@ -112,13 +112,13 @@ def run(
     (tokens, k), (experts, hidden, inter) = ids_TK.shape, w2.shape
     if tiles is None:
         tiles = tables.choose(tokens, k, experts, hidden, inter, gated=layout != 2, dtype=x_TH.dtype, device=x_TH.device)
-        if isinstance(tiles, Few) and (_turned(w13) or _turned(w2)):
+        if isinstance(tiles, Few) and any(_turned_both(w13, w2, layout)):
             tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size(), rows=False)
     if isinstance(tiles, Specialised | Transposed) and not _specialisable(x_TH, w13, w2, tiles):
         tiles = tile_choice.choose(tokens, k, experts, hidden, inter, itemsize=x_TH.element_size())
     activation = (kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
     if shared is not None and shared_down is not None and not isinstance(tiles, Few):
-        shared, shared_down = F.linear(shared, shared_down), None
+        shared, shared_down = F.linear(shared, shared_down.to(shared.dtype)), None
     beside = (None if shared is None else computable(shared.contiguous()), computable(shared_down), share)
     call = (x_TH, ids_TK, weights_TK, w13, w2, b13, b2, layout, activation, input_weighting, output, scale, beside)
     out = _few(*call, tiles) if isinstance(tiles, Few) else _grouped(*call, tiles)
@@ -202,7 +202,7 @@ def _tiled(
     precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     count = order.tiles_4N.shape[1]
     gated, interleaved = layout != 2, layout == 1
-    turned, down_turned = _turned(w13, inter if gated else 1), _turned(w2)
+    turned, down_turned = _turned_both(w13, w2, layout)
     up_tma, down_tma = up.tma and _describable(w13, turned), dn.tma and _describable(w2, down_turned)
     paired = interleaved or (not turned and w13.stride(2) == 1 and not up_tma)
     launch(
@@ -252,6 +252,10 @@ def _turned(w: Tensor, part: int = 1) -> bool:
     """Whether an [E, rows, columns] weight lies as [E, columns, rows], as some checkpoints have it. part: rows of a half."""
     eights = w.shape[1] % 8 == 0 and (part == 1 or part % 8 == 0) and all(n % 8 == 0 for n in (w.stride(0), w.stride(2)))
     return w.stride(1) == 1 and w.stride(2) != 1 and eights and w.data_ptr() % 16 == 0
+
+
+def _turned_both(w13: Tensor, w2: Tensor, layout: int) -> tuple[bool, bool]:
+    return _turned(w13, w2.shape[2] if layout == 0 else 1), _turned(w2)
 
 
 def _describable(w: Tensor, turned: bool = False) -> bool:

@@ -50,6 +50,8 @@ def _sums_are_wide(x_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     PyTorch has it on GPUs, without a backward.
     """
     half = x_TH.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x_TH.dtype
+    if x_TH.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TH, weight, bias))
     return x_TH.is_cuda and half and not wanted
 

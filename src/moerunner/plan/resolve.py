@@ -57,7 +57,7 @@ _FEWER_GATE_TOKENS = 4
 """The same where a GPU's matrix unit does it for more: measured on an H200, 7168 to 256 features, 8 tokens 15 us and 7."""
 
 _FEW_SIDE_TOKENS = 256
-"""Up to this many tokens the routed experts leave room on a GPU for the shared ones beside them."""
+"""Up to this many tokens the routed experts, or the router, leave room on a GPU for the shared experts beside them."""
 _ANY = 1 << 62
 
 
@@ -163,7 +163,7 @@ class _Builder:
         held += "; runs while the routed tokens travel" if pair.overlaps else ""
         side, against = (_ANY if pair.overlaps else _FEW_SIDE_TOKENS), self._against_side_stream()
         if not against:
-            other = "the router" if added and self._of_tokens() else "the routed experts"
+            other = "the router" if added else "the routed experts"
             held += "; on a side stream" + ("" if pair.overlaps else f" beside {other} up to {side} tokens")
         joined = self._joined() if added else 0
         if joined:
@@ -186,21 +186,22 @@ class _Builder:
             refused=(("a side stream", against),) if against and self.device == "cuda" else (),
         )
 
-    def _of_tokens(self) -> bool:
-        """Whether shared experts read the tokens and nothing of the router's."""
-        return self.spec.shared is not None and self.spec.shared.gate != "router"
-
     def _joined(self) -> int:
         """Up to how many tokens the router's and the experts' launches hold the shared experts too."""
         gate = next((s for s in self.steps if s.verb == "gate"), None)
         one_launch = any(s.verb == "route" and s.one_launch == "triton" for s in self.steps)
-        if gate is None or not one_launch or not self._of_tokens() or self.spec.shared is None or self.spec.shared.bias:
+        if gate is None or not one_launch or self.spec.shared is None or self.spec.shared.bias:
             return 0
         return min(gate.few[0], few_tokens(self.spec.top_k, self.meta["experts.0.w2"].shape[0]))
 
     def _add_shared(self, pair: PairInfo, kernels: list[BackendInfo]) -> None:
-        """Has the experts' kernel add the shared experts' output, if it can and the two are parts of one sum there."""
-        if self.spec.shared is None or pair.name != "local" or not all(kernel.adds for kernel in kernels):
+        """Has the experts' kernel add the shared experts' output, if it can and the two are parts of one sum there.
+
+        Not those that the router weighs: they would have to wait for it, and the experts for them. Not under gradients: they
+        would begin before the tokens are marked as the beginning of a sum over ranks.
+        """
+        shared, able = self.spec.shared, all(kernel.adds for kernel in kernels) and pair.name == "local"
+        if shared is None or shared.gate == "router" or self.options.grad or not able:
             return
         *before, experts = self.steps
         experts = dataclasses.replace(experts, adds=True, reason=f"{experts.reason}; adds the shared experts")
