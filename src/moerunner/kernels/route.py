@@ -2,7 +2,8 @@
 
 The rules are those of `ops/route.py`, in float32, with the same roundings: scores are the same bits wherever PyTorch computes
 them element by element, so that the same experts win. A row of logits lies in the registers of one warp, or of four. The best
-key is taken K times; a key that was taken holds its place from then on, so ids and weights are stored from where their logits lie.
+key is taken K times; a key that was taken holds its place from then on, so ids and weights are stored from where their logits
+lie.
 
 Shape suffixes: T tokens, E experts that can be chosen (zero experts too), K chosen, S router-weighted shared experts, L = E + S
 logits, H hidden.

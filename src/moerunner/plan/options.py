@@ -25,8 +25,8 @@ class Options:
     grad: only kernels with a backward. None asks for it where tokens or weights require a gradient.
     deterministic: the same bits every run. batch_invariant: a token's bits do not depend on its company.
     capturable: fit for CUDA graphs. dispatch: how sharded tokens reach their experts; `deepep` needs that package.
-    overlap: on CUDA shared experts run on a stream of their own, while tokens travel, or beside the router or the routed experts
-    of few tokens.
+    overlap: on CUDA shared experts run on a stream of their own, while tokens travel, or beside the router or the routed
+    experts of few tokens.
     count_loads: `runner.loads` counts how often each expert is chosen. graphs: on CUDA the launches of up to 4,096 tokens are
         recorded as a CUDA graph when they come a second time, without gradients, and later calls launch that.
     """
