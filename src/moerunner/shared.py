@@ -61,12 +61,11 @@ class SharedExperts:
         if "shared_w13" in tensors:
             h = self._product(x_TH, tensors["shared_w13"], b13)
             gate, up = h.chunk(2, dim=-1) if spec.gated else (h, None)
-            h = self._gated(gate, up, spec.activation)
         else:
             names = ("shared_gate_proj", "shared_up_proj")
             biases = [tensors.get(f"{name}_bias") for name in names] if b13 is None else b13.chunk(2)
             gate, up = (self._product(x_TH, tensors[name], bias) for name, bias in zip(names, biases, strict=True))
-            h = self._gated(gate, up, spec.activation)
+        h = self._gated(gate, up, spec.activation)
         return self._product(h, tensors["shared_w2"], tensors.get("shared_b2") if self.adds_bias else None)
 
 

@@ -8,8 +8,8 @@ import torch
 
 from moerunner.experts import eager
 from moerunner.experts.base import ExpertsCall
-from moerunner.kernels.activation import KINDS
 from moerunner.kernels.experts import LAYOUTS, ROWS, SUMMED, run
+from moerunner.kernels.operators import KINDS
 from moerunner.kernels.tiles import Few, Grouped, Product
 from moerunner.spec import ActivationSpec
 from moerunner.values import ExpertWeights, TopK

@@ -16,7 +16,8 @@ from moerunner.experts import choose, eager, fused_experts
 from moerunner.experts import cpu as backend
 from moerunner.experts.base import Request
 from moerunner.kernels.cpu import build, library, nodes
-from moerunner.kernels.cpu.experts import KINDS, LAYOUTS, cpu_experts, run
+from moerunner.kernels.cpu.experts import LAYOUTS, cpu_experts, run
+from moerunner.kernels.operators import KINDS
 from moerunner.quant import int8
 from moerunner.spec import ActivationSpec
 from moerunner.values import TopK

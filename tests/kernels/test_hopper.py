@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from cases import TILES, case, error  # noqa: E402
 
 from moerunner.kernels import hopper, nvrtc, tiles  # noqa: E402
-from moerunner.kernels.activation import KINDS  # noqa: E402
+from moerunner.kernels.operators import KINDS  # noqa: E402
 from moerunner.kernels.tiles import Specialised, Transposed  # noqa: E402
 from moerunner.spec import ActivationSpec  # noqa: E402
 

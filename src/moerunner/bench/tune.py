@@ -53,7 +53,7 @@ class Tuned:
 def run_with(tiles: Any, shape: Shape, inputs: Inputs) -> torch.Tensor:
     """The kernels with these tiles, [T, H] in the tokens' dtype."""
     from moerunner.kernels import experts as kernels
-    from moerunner.kernels.activation import KINDS
+    from moerunner.kernels.operators import KINDS
 
     x, topk, w = inputs
     layout, kind = kernels.LAYOUTS.index(w.gate_up), KINDS.index(shape.kind)

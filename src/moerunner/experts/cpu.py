@@ -32,8 +32,8 @@ INFO = BackendInfo(
 def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> Tensor:
     """[T, H] float32 weighted sums, or [T, K, H] rows; see `ExpertsCall`."""
     from moerunner.kernels.cpu import experts as kernels
+    from moerunner.kernels.operators import numbers_of
 
-    a = call.activation.resolved()
     return kernels.cpu_experts(
         x_TH,
         topk.ids,
@@ -45,13 +45,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall) -> 
         weights.get("w13_scale"),
         weights.get("w2_scale"),
         kernels.LAYOUTS.index(weights.gate_up),
-        kernels.KINDS.index(a.kind),
-        1.0 if a.alpha is None else a.alpha,
-        a.beta or 0.0,
-        a.limit,
-        a.clamp_after,
-        a.gate_softcap,
-        a.up_softcap,
+        *numbers_of(call.activation),
         call.input_weighting,
         call.output == "rows",
         call.batch_invariant,

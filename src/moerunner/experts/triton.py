@@ -32,9 +32,8 @@ INFO = BackendInfo(
 def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall, addend: Addend | None = None) -> Tensor:
     """[T, H] weighted sums, or [T, K, H] rows; see `ExpertsCall`. addend: joins the sums."""
     from moerunner.kernels import experts as kernels
-    from moerunner.kernels.activation import KINDS
+    from moerunner.kernels.operators import numbers_of
 
-    a = call.activation.resolved()
     shared = () if addend is None else (addend.rows, addend.down, addend.share)
     return kernels.triton_experts(
         x_TH,
@@ -45,13 +44,7 @@ def run(x_TH: Tensor, topk: TopK, weights: ExpertWeights, call: ExpertsCall, add
         weights.get("b13"),
         weights.get("b2") if call.down_bias else None,
         kernels.LAYOUTS.index(weights.gate_up),
-        KINDS.index(a.kind),
-        1.0 if a.alpha is None else a.alpha,
-        a.beta or 0.0,
-        a.limit,
-        a.clamp_after,
-        a.gate_softcap,
-        a.up_softcap,
+        *numbers_of(call.activation),
         call.input_weighting,
         kernels.OUTPUTS.index(call.output),
         call.scale,

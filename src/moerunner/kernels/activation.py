@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
 
 @triton.jit
 def _tanh(x):
@@ -18,7 +16,7 @@ def _tanh(x):
 
 @triton.jit
 def nonlinear(g, KIND: tl.constexpr, ALPHA: tl.constexpr, SOFTCAP: tl.constexpr):
-    """act(g). KIND: index into `KINDS`."""
+    """act(g). KIND: index into `operators.KINDS`."""
     if KIND == 0:
         head = g
         if SOFTCAP is not None:

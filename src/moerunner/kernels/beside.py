@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moerunner.kernels import routing
-from moerunner.kernels.activation import KINDS, act, gate_by
+from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.common import blocks, computable, power_of_2
 from moerunner.kernels.few import two_products
-from moerunner.kernels.operators import operator
+from moerunner.kernels.operators import numbers_of, operator
 from moerunner.kernels.route import Beside, decide, routed, run, sigmoid
 from moerunner.spec import ActivationSpec
 from moerunner.values import TopK
@@ -131,15 +131,14 @@ def triton_route_beside(
     Returns:
         h [T, S] in shared_x's dtype; share [T] float32, sigmoid(shared_x . shared_gate), empty without; and route's results.
     """
-    h, share = _empty(shared_x, gate_proj, shared_gate)
     x_TH, first, second, own = (computable(t) for t in (shared_x, gate_proj, up_proj, shared_gate))
     assert x_TH is not None
     assert first is not None
     second = first if second is None else second
     width, hidden = first.shape
-    h_out = torch.empty_like(h, dtype=x_TH.dtype)
+    h, share = _empty(x_TH, first, own)
     operands = (
-        x_TH, first, second, own, h_out, share, hidden, width, *x_TH.stride(), *first.stride(), *second.stride(),
+        x_TH, first, second, own, h, share, hidden, width, *x_TH.stride(), *first.stride(), *second.stride(),
         0 if own is None else own.stride(1),
     )  # fmt: skip
     activation = (up_proj is not None, kind, alpha, beta, limit, clamp_after, gate_softcap, up_softcap)
@@ -147,7 +146,7 @@ def triton_route_beside(
     beside = Beside(_route_beside, _WARPS, blocks(width, _COLUMNS) + (own is not None), operands, numbers)
     learned, (experts, top_k, *rule, rounded) = rest[:6], rest[6:]
     found = run(x, gate, gate_bias, learned, experts, top_k, tuple(rule), rounded, beside)
-    return h_out.to(h.dtype), share, *found
+    return h.to(shared_x.dtype), share, *found
 
 
 def route_beside(
@@ -157,17 +156,10 @@ def route_beside(
     shared_gate: Tensor | None,
     activation: ActivationSpec,
     *args: Any,
+    scale: bool = False,
     **rest: Any,
 ) -> tuple[TopK, Tensor, Tensor | None]:
     """`route`, with h and share of `triton_route_beside`."""
-    a, made = activation.resolved(), []
-    numbers = (KINDS.index(a.kind), 1.0 if a.alpha is None else a.alpha, a.beta or 0.0, a.limit)
-    own = (shared_x, gate_proj, up_proj, shared_gate, *numbers, a.clamp_after, a.gate_softcap, a.up_softcap)
-
-    def operator(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        h, share, *routed = triton_route_beside(*own, *given)
-        made.extend((h, share if share.numel() else None))
-        return tuple(routed)
-
-    topk = routing.route(operator, *args, **rest)
-    return topk, *made
+    own = (shared_x, gate_proj, up_proj, shared_gate, *numbers_of(activation))
+    h, share, *found = triton_route_beside(*own, *routing.arguments(*args, scale=scale, **rest))
+    return routing.topk_of(*found, scale=scale), h, None if shared_gate is None else share

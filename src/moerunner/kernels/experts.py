@@ -68,7 +68,7 @@ def triton_experts(
     Args:
         x_TH, w13 [E, 2I, H] ([E, I, H] ungated), w2 [E, H, I], b13 [E, 2I], b2 [E, H]: any strides. ids: any outside 0..E-1 is
             no expert. weights: float32.
-        layout: index into `LAYOUTS`, of w13's rows. kind: index into `activation.KINDS`. output: ROWS, SUMMED or FINAL.
+        layout: index into `LAYOUTS`, of w13's rows. kind: index into `operators.KINDS`. output: ROWS, SUMMED or FINAL.
         scale: factor on the sums. batch_invariant: a token's bits do not depend on the others, nor on how many there are.
         shared: [T, H], added to the sums; or [T, S] of which shared_down [H, S] makes that. share: [T] float32, its weights.
     """

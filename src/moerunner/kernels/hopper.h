@@ -1,6 +1,6 @@
 // What both forms of the experts' products on Hopper share: their arguments, barriers, and the end of a tile.
 // Compiled by hopper.py with UP, WEIGHTED, GATED, BIAS, COPIED (x has rows in expert order), HALF (0: bfloat16, 1: float16) and
-// those of the activation: KIND (index into activation.KINDS), LIMITED, CLAMP_AFTER, GATE_CAPPED, UP_CAPPED.
+// those of the activation: KIND (index into operators.KINDS), LIMITED, CLAMP_AFTER, GATE_CAPPED, UP_CAPPED.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

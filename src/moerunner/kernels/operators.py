@@ -1,4 +1,4 @@
-"""How a function that runs kernels becomes an operator of PyTorch.
+"""How a function that runs kernels becomes an operator of PyTorch, and an activation the numbers that operators take.
 
 `torch.library.custom_op` does as much, and its way from the call to the function takes longer than a kernel for one token.
 """
@@ -9,6 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from moerunner.spec import ActivationSpec
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 _library = torch.library.Library("moerunner", "FRAGMENT")
 
@@ -28,3 +32,10 @@ def operator(name: str, *, fake: Callable[..., Any], device: str = "", schema: s
         return getattr(torch.ops.moerunner, name).default
 
     return define
+
+
+def numbers_of(activation: ActivationSpec) -> tuple[Any, ...]:
+    """kind (index into `KINDS`), alpha, beta, limit, clamp_after, gate_softcap and up_softcap."""
+    a = activation.resolved()
+    alpha = 1.0 if a.alpha is None else a.alpha
+    return KINDS.index(a.kind), alpha, a.beta or 0.0, a.limit, a.clamp_after, a.gate_softcap, a.up_softcap

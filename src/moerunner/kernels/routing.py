@@ -24,8 +24,17 @@ RENORMALISE = ("none", "sum", "max_sum", "p_norm")
 Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def route(
-    operator: Operator,
+def route(operator: Operator, *args: Any, scale: bool = False, **rest: Any) -> TopK:
+    """`ops.route.route` by an operator; see `arguments`."""
+    return topk_of(*operator(*arguments(*args, scale=scale, **rest)), scale=scale)
+
+
+def topk_of(ids: Tensor, weights: Tensor, shared: Tensor, *, scale: bool) -> TopK:
+    """What an operator gave. scale: the routed scaling factor is in the weights."""
+    return TopK(ids, weights, scaled=scale, shared_weights=shared if shared.shape[1] else None)
+
+
+def arguments(
     logits: Tensor,
     spec: MoESpec,
     *,
@@ -40,8 +49,8 @@ def route(
     num_tokens: int | None = None,
     device: torch.device | None = None,
     scale: bool = False,
-) -> TopK:
-    """`ops.route.route` on float32 logits (or narrower ones), or with gate [L, H] on few tokens in their place.
+) -> tuple[Any, ...]:
+    """An operator's, of those of `ops.route.route`: float32 logits (or narrower ones), or few tokens and gate [L, H] in place.
 
     num_tokens, device: of simulated routing, which this is not.
     """
@@ -51,7 +60,7 @@ def route(
         raise SpecError("needs the tokens' ids", where="routing by hash table", next_step="Pass input_ids to the runner")
     if r.modalities > 1 and token_types is None:
         raise SpecError("needs the tokens' types", where="modality routing", next_step="Pass token_types to the runner")
-    ids, weights, shared = operator(
+    return (
         logits, gate, gate_bias, selection_bias, per_expert_scale, global_scale, hash_table if r.choose == "hash" else None,
         input_ids, token_types, spec.num_experts + spec.zero_experts, spec.top_k, SCORES.index(r.score),
         r.choose == "logit" or r.score == "sparsemixer", r.logit_scale, r.logit_softcap,
@@ -60,7 +69,6 @@ def route(
         RENORMALISE.index(r.renormalise), r.eps, r.p, r.jitter, r.modalities, spec.routed_scaling_factor if scale else 1.0,
         r.logits_dtype == "model",
     )  # fmt: skip
-    return TopK(ids, weights, scaled=scale, shared_weights=shared if shared.shape[1] else None)
 
 
 def empty(x: Tensor, gate: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

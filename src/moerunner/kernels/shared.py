@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moerunner.kernels.activation import KINDS, act, gate_by
+from moerunner.kernels.activation import act, gate_by
 from moerunner.kernels.common import blocks, computable, follow, launch, power_of_2
-from moerunner.kernels.operators import operator
+from moerunner.kernels.operators import numbers_of, operator
 from moerunner.spec import ActivationSpec
 
 
@@ -104,8 +104,4 @@ def triton_share(x: Tensor, gate: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor | None, activation: ActivationSpec) -> Tensor:
     """`ops.activation.gated` for [T, S]."""
-    a = activation.resolved()
-    alpha = 1.0 if a.alpha is None else a.alpha
-    return triton_gated(
-        gate, up, KINDS.index(a.kind), alpha, a.beta or 0.0, a.limit, a.clamp_after, a.gate_softcap, a.up_softcap
-    )
+    return triton_gated(gate, up, *numbers_of(activation))

@@ -16,7 +16,6 @@ from moerunner.kernels.cpu import library, nodes
 from moerunner.kernels.operators import operator
 
 LAYOUTS = ("concat", "interleaved", "none")
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? b13, Tensor? b2, Tensor? w13_scale, "
